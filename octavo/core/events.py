@@ -1,0 +1,29 @@
+"""What the engine tells the world about requests and about itself. Plain data, sent as msgpack."""
+
+import msgspec
+
+from octavo.core.plan import TokenLogprobs
+from octavo.core.request import FinishReason
+
+
+class RequestEvent(msgspec.Struct, frozen=True, omit_defaults=True):
+    """News of one request. The event with a `finish_reason` is its last, and there is exactly one."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of `token_ids` when asked for
+    finish_reason: FinishReason | None = None
+    error: str | None = None  # with finish_reason "error"
+
+
+class EngineStats(msgspec.Struct, frozen=True):
+    """The engine's gauges after a step."""
+
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_preemptions: int  # since start
+    num_steps: int  # since start
+    num_prompt_tokens: int  # computed since start
+    num_generation_tokens: int  # sampled since start

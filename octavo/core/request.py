@@ -1,0 +1,98 @@
+"""A request as the engine knows it: token ids in, token ids out. Knows no text and no tensors."""
+
+import enum
+from collections.abc import Sequence as SequenceOf
+
+import msgspec
+
+from octavo.core.sampling import SamplingParams
+from octavo.errors import ContextLengthError, RequestError
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended. The values are those of the OpenAI API, plus `abort` and `error`."""
+
+    STOP = "stop"  # end-of-sequence, a stop token id or a stop string
+    LENGTH = "length"  # max_tokens or the model's context
+    ABORT = "abort"  # the caller went away
+    ERROR = "error"  # this request failed; its event carries the reason
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. Built once by the front end and never changed.
+
+    `seed` is always set: the front end draws one where the user gave none, so that a request that
+    is recomputed after preemption draws the same tokens again.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    seed: int
+    eos_token_ids: tuple[int, ...] = ()
+    arrival_time_s: float = 0.0
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Token ids that end this request."""
+        eos = () if self.sampling.ignore_eos else self.eos_token_ids
+        return frozenset(eos) | frozenset(self.sampling.stop_token_ids or ())
+
+
+def check_prompt(token_ids: SequenceOf[int], *, vocab_size: int) -> None:
+    """Refuse prompts that are empty or hold ids outside the vocabulary.
+
+    Raises:
+        RequestError: the prompt is empty, or an id is no integer in 0..vocab_size-1.
+    """
+    if not token_ids:
+        raise RequestError("the prompt is empty", param="prompt")
+    for token_id in token_ids:
+        if not isinstance(token_id, int) or isinstance(token_id, bool):
+            raise RequestError("prompt token ids must be integers", param="prompt")
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"token id {token_id} is outside the vocabulary of {vocab_size}", param="prompt"
+            )
+
+
+def check_sampling_ids(sampling: SamplingParams, *, vocab_size: int) -> None:
+    """Refuse sampling options that name token ids outside the vocabulary."""
+    tables: dict[str, SequenceOf[int]] = {
+        "stop_token_ids": sampling.stop_token_ids or (),
+        "allowed_token_ids": sampling.allowed_token_ids or (),
+        "logit_bias": list(sampling.logit_bias or ()),
+    }
+    for name, ids in tables.items():
+        for token_id in ids:
+            if token_id >= vocab_size:
+                raise RequestError(
+                    f"{name} names token {token_id}, outside the vocabulary of {vocab_size}",
+                    param=name,
+                )
+
+
+def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
+    """The number of tokens a request may generate.
+
+    None means "as many as fit". An explicit number must fit: nothing is cut silently.
+
+    Raises:
+        ContextLengthError: the prompt leaves no room, or prompt and `max_tokens` exceed the context.
+    """
+    room = max_model_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens, but the context of {max_model_len} tokens "
+            "must hold the prompt and at least one new token",
+            param="prompt",
+        )
+    if max_tokens is None:
+        return room
+    if max_tokens > room:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}: together "
+            f"{num_prompt_tokens + max_tokens}, more than the context of {max_model_len} tokens",
+            param="max_tokens",
+        )
+    return max_tokens
