@@ -1,0 +1,63 @@
+"""What a server needs from an engine, as text goes: the seam between `server` and `engine`.
+
+`AsyncEngine` (a real engine in its own process) and the fakes of `octavo.testing` both satisfy it.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from octavo.core import EngineStats, FinishReason, SamplingParams, TokenLogprobs
+from octavo.text import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model behind an engine, as clients see it."""
+
+    name: str  # what clients put in the field `model`
+    max_model_len: int  # tokens of prompt and output together
+    vocab_size: int
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of one answer. Concatenated, the pieces are the answer; the last has the reason.
+
+    `text` never holds half a character and never a part of a stop string. `token_ids` are the ids
+    that arrived with this piece; text may lag behind them by a few ids.
+    """
+
+    index: int  # which of the request's `n` answers
+    text: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of `token_ids`
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None  # the stop string or token id that ended the answer
+    error: str | None = None  # with finish_reason "error": a sentence for the client
+
+
+class ServingEngine(Protocol):
+    """An engine that serves one model to many concurrent callers of one event loop."""
+
+    model: ServedModel
+
+    def generate(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> AsyncIterator[TextDelta]:
+        """Stream the `n` answers to one prompt, interleaved, one final delta for each index.
+
+        Validation happens before the first delta: `RequestError` (the request is wrong),
+        `OverloadedError` (queue full) or `EngineDeadError`. Closing the iterator aborts the request
+        and frees what it holds.
+        """
+        ...
+
+    def stats(self) -> EngineStats:
+        """The latest gauges."""
+        ...
+
+    def check_health(self) -> None:
+        """Raise `EngineDeadError` where the engine cannot answer any more."""
+        ...
