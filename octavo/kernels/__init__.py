@@ -9,6 +9,7 @@ from octavo.kernels.linear import LINEAR, PreparedWeight
 from octavo.kernels.paged_attention import PAGED_ATTENTION, AttentionBatch
 from octavo.kernels.rms_norm import RMS_NORM
 from octavo.kernels.rotary import ROTARY
+from octavo.kernels.rotary_kv_write import ROTARY_KV_WRITE
 from octavo.kernels.silu_mul import SILU_MUL
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PAGED_ATTENTION",
     "RMS_NORM",
     "ROTARY",
+    "ROTARY_KV_WRITE",
     "SILU_MUL",
     "AttentionBatch",
     "Case",

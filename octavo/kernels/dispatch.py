@@ -62,9 +62,7 @@ class Op(Generic[F]):
         self.reference = reference
         self._implementations: list[_Implementation[F]] = []
 
-    def register(
-        self, name: str, function: F, unsupported: Callable[[Case], str | None]
-    ) -> None:
+    def register(self, name: str, function: F, unsupported: Callable[[Case], str | None]) -> None:
         """Adds a version, tried after those registered earlier and before the reference.
 
         `unsupported` returns None when the version can run a case, else the reason why not.
@@ -84,9 +82,7 @@ class Op(Generic[F]):
             if not _references_only:
                 verdict = candidate.unsupported(case)
                 if verdict is None:
-                    return Choice(
-                        self.name, candidate.name, candidate.function, tuple(passed_over)
-                    )
+                    return Choice(self.name, candidate.name, candidate.function, tuple(passed_over))
                 reason = verdict
             passed_over.append((candidate.name, reason))
         return Choice(self.name, REFERENCE, self.reference, tuple(passed_over))

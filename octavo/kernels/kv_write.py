@@ -1,7 +1,7 @@
 """Writes a step's keys and values into the paged KV cache.
 
-Owns the cache's layout as seen by a write: kv_cache [2, num_blocks, Hkv, block_size, D], keys first.
-Does not know which request a slot belongs to.
+Owns the layout of the cache as a write sees it: kv_cache [2, num_blocks, Hkv, block_size, D], keys
+first. Does not know which request a slot belongs to.
 """
 
 from __future__ import annotations

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from typing import Generic, Protocol, TypeVar
 
+import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from octavo.kernels.dispatch import Op
+from octavo.kernels import native
+from octavo.kernels.dispatch import Case, Op
+from octavo.kernels.native import support
 
 
 class PreparedWeight(Protocol):
@@ -71,4 +74,78 @@ class ReferenceLinear:
         return functional.embedding(ids, prepared.weight)
 
 
+PANEL = 16  # outputs in one line of the packed layout
+DEPTH_STEP = 32  # the packed depth is a multiple of it, so that no kernel meets a tail
+
+
+class PackedWeight:
+    """bf16 weight [N, K] as lines of 16 outputs by 2 inputs: [N / 16, K / 2, 16, 2].
+
+    Both sizes are padded with zeros. A line is what one AVX-512 bf16 product reads, and 16 lines
+    are one AMX tile, so the one copy serves every machine and every number of rows.
+    """
+
+    __slots__ = ("depth", "in_features", "lines", "out_features", "pointer")
+
+    def __init__(self, weight: Tensor):
+        self.out_features, self.in_features = weight.shape
+        panels = -(-self.out_features // PANEL)
+        self.depth = -(-self.in_features // DEPTH_STEP) * DEPTH_STEP
+        padded = weight
+        if (panels * PANEL, self.depth) != weight.shape:
+            padded = weight.new_zeros(panels * PANEL, self.depth)
+            padded[: self.out_features, : self.in_features] = weight
+        pairs = padded.contiguous().view(torch.int32)  # [N, K / 2]
+        pairs = pairs.view(panels, PANEL, self.depth // 2).transpose(1, 2)
+        self.lines = pairs.contiguous()  # [N / 16, K / 2, 16] of int32, each two bf16
+        self.pointer = self.lines.data_ptr()
+
+
+class NativeLinear:
+    """Linear for bf16 on the CPU, over PackedWeight. Sums are fp32, rounded once."""
+
+    def prepare(self, weight: Tensor) -> PackedWeight:
+        if weight.dim() != 2 or weight.dtype is not torch.bfloat16:
+            raise support.refuse("linear", "weight is [N, K] bf16", weight=weight)
+        return PackedWeight(weight)
+
+    def apply(self, x: Tensor, prepared: PackedWeight, bias: Tensor | None) -> Tensor:
+        rows, width = x.shape
+        outputs = prepared.out_features
+        if x.dtype is not torch.bfloat16 or width != prepared.in_features or x.stride(1) != 1:
+            rule = f"x is [T, {prepared.in_features}] bf16 with dense rows"
+            raise support.refuse("linear", rule, x=x)
+        if bias is not None and (bias.shape != (outputs,) or bias.dtype is not torch.bfloat16):
+            raise support.refuse("linear", f"bias is [{outputs}] bf16", bias=bias)
+        out = x.new_empty(rows, outputs)
+        native.library().linear_bf16(
+            x.data_ptr(),
+            x.stride(0),
+            prepared.pointer,
+            None if bias is None else bias.contiguous().data_ptr(),
+            out.data_ptr(),
+            rows,
+            outputs,
+            width,
+            prepared.depth,
+            0,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def unpack(self, prepared: PackedWeight) -> Tensor:
+        plain = prepared.lines.transpose(1, 2).reshape(-1, prepared.depth // 2)
+        plain = plain.view(torch.bfloat16)[: prepared.out_features, : prepared.in_features]
+        return plain.contiguous()
+
+    def gather_rows(self, prepared: PackedWeight, ids: Tensor) -> Tensor:
+        rows = prepared.lines[ids // PANEL, :, ids % PANEL]  # [T, K / 2]
+        return rows.view(torch.bfloat16)[:, : prepared.in_features].contiguous()
+
+
+def _unsupported(case: Case) -> str | None:
+    return support.unsupported(case, dtypes=(torch.bfloat16,))
+
+
 LINEAR: Op[Linear] = Op("linear", ReferenceLinear())
+LINEAR.register("native", NativeLinear(), _unsupported)

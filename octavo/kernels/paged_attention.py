@@ -12,7 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from octavo.kernels.dispatch import Op
+from octavo.kernels.dispatch import Case, Op
+from octavo.kernels.native import support
+
+NATIVE_BLOCK_SIZE = 16
+NATIVE_MAX_GROUP = 64  # query heads on one kv head
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,4 +71,50 @@ def reference_paged_attention(
     return out
 
 
+def native_paged_attention(
+    query: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float
+) -> Tensor:
+    """As PagedAttention, for blocks of 16 tokens and the head sizes of `_unsupported`."""
+    tokens, num_heads, dim = query.shape
+    halves, num_blocks, num_kv_heads, block_size, cache_dim = kv_cache.shape
+    num_sequences, table_width = batch.block_tables.shape
+    if (halves, block_size, cache_dim) != (2, NATIVE_BLOCK_SIZE, dim) or dim % 16 or dim > 256:
+        rule = "kv_cache is [2, blocks, Hkv, 16, D], D a multiple of 16 up to 256"
+        raise support.refuse("paged_attention", rule, query=query, kv_cache=kv_cache)
+    if num_heads % num_kv_heads or num_heads > NATIVE_MAX_GROUP * num_kv_heads:
+        rule = f"Hq is a multiple of Hkv, at most {NATIVE_MAX_GROUP} times it"
+        raise support.refuse("paged_attention", rule, query=query, kv_cache=kv_cache)
+    if query.stride(2) != 1 or not kv_cache.is_contiguous() or query.dtype is not kv_cache.dtype:
+        rule = "dense heads, a contiguous cache, one dtype"
+        raise support.refuse("paged_attention", rule, query=query, kv_cache=kv_cache)
+    starts, lengths, tables = batch.query_starts, batch.context_lens, batch.block_tables
+    if (
+        not starts.dtype == lengths.dtype == tables.dtype == torch.int32
+        or (starts.shape[0], lengths.shape[0]) != (num_sequences + 1, num_sequences)
+        or not (starts.is_contiguous() and lengths.is_contiguous() and tables.is_contiguous())
+    ):
+        rule = "starts [B+1], lengths [B] and tables [B, W] are contiguous int32"
+        raise support.refuse("paged_attention", rule, starts=starts, lengths=lengths, tables=tables)
+    out = query.new_empty(tokens, num_heads, dim)
+    support.pick("paged_attention", query.dtype)(
+        *(query.data_ptr(), query.stride(0), query.stride(1), kv_cache.data_ptr()),
+        *(starts.data_ptr(), lengths.data_ptr(), tables.data_ptr(), out.data_ptr()),
+        *(num_sequences, table_width, num_blocks, num_heads, num_kv_heads, dim),
+        *(scale, torch.get_num_threads()),
+    )
+    return out
+
+
+def _unsupported(case: Case) -> str | None:
+    dim, block_size = case.sizes.get("head_dim", 0), case.sizes.get("block_size", NATIVE_BLOCK_SIZE)
+    if dim % 16 or dim > 256:
+        return f"made for head sizes that are multiples of 16 up to 256, not {dim}"
+    if block_size != NATIVE_BLOCK_SIZE:
+        return f"made for blocks of {NATIVE_BLOCK_SIZE} tokens, not {block_size}"
+    if case.sizes.get("num_heads", 1) > NATIVE_MAX_GROUP * case.sizes.get("num_kv_heads", 1):
+        return f"made for at most {NATIVE_MAX_GROUP} query heads on one kv head"
+    return support.unsupported(case)
+
+
 PAGED_ATTENTION: Op[PagedAttention] = Op("paged_attention", reference_paged_attention)
+PAGED_ATTENTION.register("native", native_paged_attention, _unsupported)

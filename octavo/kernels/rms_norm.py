@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from octavo.kernels.dispatch import Op
+from octavo.kernels.native.support import pick, refuse, unsupported
 
 
 class RmsNorm(Protocol):
@@ -35,4 +36,33 @@ def reference_rms_norm(
     return weight * normed.to(x.dtype), hidden
 
 
+def native_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As RmsNorm; rows of x may be strided, and h is written over `residual`."""
+    rows, width = x.shape
+    if x.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
+        raise refuse("rms_norm", "x is [T, H] with dense rows, weight [H]", x=x, weight=weight)
+    if weight.dtype is not x.dtype:
+        raise refuse("rms_norm", "one dtype throughout", x=x, weight=weight)
+    if residual is not None and not (
+        residual.shape == x.shape and residual.is_contiguous() and residual.dtype is x.dtype
+    ):
+        raise refuse("rms_norm", "residual is like x, contiguous", x=x, residual=residual)
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    pick("rms_norm", x.dtype)(
+        x.data_ptr(),
+        x.stride(0),
+        None if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        normed.data_ptr(),
+        rows,
+        width,
+        eps,
+        torch.get_num_threads(),
+    )
+    return normed, x if residual is None else residual
+
+
 RMS_NORM: Op[RmsNorm] = Op("rms_norm", reference_rms_norm)
+RMS_NORM.register("native", native_rms_norm, unsupported)

@@ -1,0 +1,43 @@
+"""What the compiled kernels accept, said once: for `Op.register` and for the launchers.
+
+Knows devices and dtypes. Each op adds its own sizes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import native
+from octavo.kernels.dispatch import Case
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float32)
+
+
+def unsupported(case: Case, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> str | None:
+    """Why no compiled kernel can run the case, or None."""
+    if case.device != "cpu":
+        return f"made for cpu, not {case.device}"
+    if case.dtype not in dtypes:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"made for {names}"
+    return native.unavailable()
+
+
+def pick(name: str, dtype: torch.dtype):
+    """The C function of an op for a dtype. Raises TypeError for a dtype that has none."""
+    if dtype is torch.bfloat16:
+        return getattr(native.library(), f"{name}_bf16")
+    if dtype is torch.float32:
+        return getattr(native.library(), f"{name}_fp32")
+    raise TypeError(f"{name} has no compiled kernel for {dtype}")
+
+
+def refuse(op: str, rule: str, **tensors: Tensor | None) -> ValueError:
+    """The error for inputs that break a rule of an op, with what was given."""
+    given = ", ".join(
+        f"{name} {tuple(t.shape)} strides {t.stride()} {t.dtype}"
+        for name, t in tensors.items()
+        if t is not None
+    )
+    return ValueError(f"{op}: {rule}; given {given}")
