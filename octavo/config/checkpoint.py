@@ -96,24 +96,31 @@ def _file(path: Path) -> "Checkpoint":
 
 def _download(model: str) -> Path:
     # Imported here because it takes 0.2 s, which the models on this machine need not pay.
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
+    unreachable: Exception | None = None
+    commit: str | None = None
+    try:
+        # Asked first because this call takes a timeout; snapshot_download would wait for ever.
+        commit = HfApi().repo_info(model, timeout=HUB_TIMEOUT_S).sha
+    except Exception as error:  # the HTTP library's own classes, which differ between versions
+        unreachable = error
     try:
         folder = snapshot_download(
             model,
+            revision=commit,
             allow_patterns=HUB_FILES,
             ignore_patterns=["*/*"],  # subdirectories hold other formats of the same weights
             etag_timeout=HUB_TIMEOUT_S,
+            local_files_only=unreachable is not None,
         )
-    except (OSError, ValueError) as error:  # the hub's and httpx's errors, timeouts, bad ids
-        cause = str(error).strip().split("\n")[0]
+    except Exception as error:
+        cause = str(unreachable or error).strip().split("\n")[0]
         raise ModelNotFoundError(
-            f"the model {model!r} is neither here nor on the hub: {cause} {_remedies()}"
+            f"the model {model!r} is neither on this machine nor could it be had from the hub: "
+            f"{cause or type(unreachable or error).__name__}. {_remedies()}"
         ) from error
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"the hub's {model!r} has no config.json")
-    return path
+    return _directory(Path(folder)).path
 
 
 def _remedies() -> str:
