@@ -6,6 +6,7 @@ Knows neither models nor requests. A layer calls `OP.select(case)` once and keep
 from octavo.kernels.dispatch import Case, Choice, Op, reference_only
 from octavo.kernels.kv_write import KV_WRITE
 from octavo.kernels.linear import LINEAR, PreparedWeight
+from octavo.kernels.linear_silu_mul import LINEAR_SILU_MUL
 from octavo.kernels.paged_attention import PAGED_ATTENTION, AttentionBatch
 from octavo.kernels.rms_norm import RMS_NORM
 from octavo.kernels.rotary import ROTARY
@@ -15,6 +16,7 @@ from octavo.kernels.silu_mul import SILU_MUL
 __all__ = [
     "KV_WRITE",
     "LINEAR",
+    "LINEAR_SILU_MUL",
     "PAGED_ATTENTION",
     "RMS_NORM",
     "ROTARY",

@@ -78,26 +78,31 @@ PANEL = 16  # outputs in one line of the packed layout
 DEPTH_STEP = 32  # the packed depth is a multiple of it, so that no kernel meets a tail
 
 
-class PackedWeight:
-    """bf16 weight [N, K] as lines of 16 outputs by 2 inputs: [N / 16, K / 2, 16, 2].
+def pack_lines(weight: Tensor) -> Tensor:
+    """bf16 weight [N, K] as lines of 16 outputs by 2 inputs: [N / 16, K / 2, 16] of int32.
 
-    Both sizes are padded with zeros. A line is what one AVX-512 bf16 product reads, and 16 lines
-    are one AMX tile, so the one copy serves every machine and every number of rows.
+    Both sizes are padded with zeros; an int32 is two bf16. A line is what one AVX-512 bf16 product
+    reads, and 16 lines are one AMX tile, so one copy serves every machine and number of rows.
     """
+    outputs, width = weight.shape
+    panels, depth = -(-outputs // PANEL), -(-width // DEPTH_STEP) * DEPTH_STEP
+    if (panels * PANEL, depth) != weight.shape:
+        padded = weight.new_zeros(panels * PANEL, depth)
+        padded[:outputs, :width] = weight
+        weight = padded
+    pairs = weight.contiguous().view(torch.int32)  # [N, K / 2]
+    return pairs.view(panels, PANEL, depth // 2).transpose(1, 2).contiguous()
+
+
+class PackedWeight:
+    """A bf16 weight as `pack_lines` lays it out."""
 
     __slots__ = ("depth", "in_features", "lines", "out_features", "pointer")
 
     def __init__(self, weight: Tensor):
         self.out_features, self.in_features = weight.shape
-        panels = -(-self.out_features // PANEL)
-        self.depth = -(-self.in_features // DEPTH_STEP) * DEPTH_STEP
-        padded = weight
-        if (panels * PANEL, self.depth) != weight.shape:
-            padded = weight.new_zeros(panels * PANEL, self.depth)
-            padded[: self.out_features, : self.in_features] = weight
-        pairs = padded.contiguous().view(torch.int32)  # [N, K / 2]
-        pairs = pairs.view(panels, PANEL, self.depth // 2).transpose(1, 2)
-        self.lines = pairs.contiguous()  # [N / 16, K / 2, 16] of int32, each two bf16
+        self.lines = pack_lines(weight)
+        self.depth = 2 * self.lines.shape[1]
         self.pointer = self.lines.data_ptr()
 
 
@@ -111,25 +116,20 @@ class NativeLinear:
 
     def apply(self, x: Tensor, prepared: PackedWeight, bias: Tensor | None) -> Tensor:
         rows, width = x.shape
+        row_stride, dense = x.stride()
         outputs = prepared.out_features
-        if x.dtype is not torch.bfloat16 or width != prepared.in_features or x.stride(1) != 1:
+        if x.dtype is not torch.bfloat16 or width != prepared.in_features or dense != 1:
             rule = f"x is [T, {prepared.in_features}] bf16 with dense rows"
             raise support.refuse("linear", rule, x=x)
-        if bias is not None and (bias.shape != (outputs,) or bias.dtype is not torch.bfloat16):
-            raise support.refuse("linear", f"bias is [{outputs}] bf16", bias=bias)
+        bias_pointer = 0
+        if bias is not None:
+            if bias.shape != (outputs,) or bias.dtype is not x.dtype or not bias.is_contiguous():
+                raise support.refuse("linear", f"bias is [{outputs}] bf16", bias=bias)
+            bias_pointer = bias.data_ptr()
         out = x.new_empty(rows, outputs)
-        native.library().linear_bf16(
-            x.data_ptr(),
-            x.stride(0),
-            prepared.pointer,
-            None if bias is None else bias.contiguous().data_ptr(),
-            out.data_ptr(),
-            rows,
-            outputs,
-            width,
-            prepared.depth,
-            0,
-            torch.get_num_threads(),
+        native.library().linear[torch.bfloat16](
+            *(x.data_ptr(), row_stride, prepared.pointer, bias_pointer, out.data_ptr()),
+            *(rows, outputs, width, prepared.depth, 0, torch.get_num_threads()),
         )
         return out
 

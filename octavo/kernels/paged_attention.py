@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from octavo.kernels import native
 from octavo.kernels.dispatch import Case, Op
 from octavo.kernels.native import support
 
@@ -96,7 +97,7 @@ def native_paged_attention(
         rule = "starts [B+1], lengths [B] and tables [B, W] are contiguous int32"
         raise support.refuse("paged_attention", rule, starts=starts, lengths=lengths, tables=tables)
     out = query.new_empty(tokens, num_heads, dim)
-    support.pick("paged_attention", query.dtype)(
+    native.library().paged_attention[query.dtype](
         *(query.data_ptr(), query.stride(0), query.stride(1), kv_cache.data_ptr()),
         *(starts.data_ptr(), lengths.data_ptr(), tables.data_ptr(), out.data_ptr()),
         *(num_sequences, table_width, num_blocks, num_heads, num_kv_heads, dim),

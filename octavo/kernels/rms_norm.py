@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from octavo.kernels import native
 from octavo.kernels.dispatch import Op
-from octavo.kernels.native.support import pick, refuse, unsupported
+from octavo.kernels.native.support import refuse, unsupported
 
 
 class RmsNorm(Protocol):
@@ -50,10 +51,10 @@ def native_rms_norm(
     ):
         raise refuse("rms_norm", "residual is like x, contiguous", x=x, residual=residual)
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-    pick("rms_norm", x.dtype)(
+    native.library().rms_norm[x.dtype](
         x.data_ptr(),
         x.stride(0),
-        None if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
         weight.data_ptr(),
         normed.data_ptr(),
         rows,

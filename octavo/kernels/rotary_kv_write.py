@@ -11,9 +11,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from octavo.kernels import native
 from octavo.kernels.dispatch import Op
 from octavo.kernels.kv_write import KV_WRITE, reference_kv_write
-from octavo.kernels.native.support import pick, refuse, unsupported
+from octavo.kernels.native.support import refuse, unsupported
 from octavo.kernels.rotary import ROTARY, reference_rotary
 
 
@@ -88,12 +89,12 @@ def native_rotary(query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor
     _check_heads("rotary", query=query, key=key)
     _check_angles("rotary", query, positions, cos_sin)
     tokens, num_heads, dim = query.shape
-    pick("rotary_kv_write", query.dtype)(
+    native.library().rotary_kv_write[query.dtype](
         *(query.data_ptr(), query.stride(0), query.stride(1), num_heads),
-        *(key.data_ptr(), key.stride(0), key.stride(1)),
-        *(None, 0, 0, key.shape[1]),
+        *(key.data_ptr(), key.stride(0), key.stride(1), key.shape[1]),
+        *(0, 0, 0, key.shape[1]),
         *(positions.data_ptr(), cos_sin.data_ptr()),
-        *(None, 0, 1, None),
+        *(0, 0, 1, 0),
         *(tokens, dim, torch.get_num_threads()),
     )
 
@@ -103,11 +104,11 @@ def native_kv_write(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor)
     _check_heads("kv_write", key=key, value=value)
     _check_cache("kv_write", key, value, kv_cache, slots)
     tokens, num_kv_heads, dim = key.shape
-    pick("rotary_kv_write", key.dtype)(
-        *(None, 0, 0, 0),
-        *(key.data_ptr(), key.stride(0), key.stride(1)),
+    native.library().rotary_kv_write[key.dtype](
+        *(0, 0, 0, 0),
+        *(key.data_ptr(), key.stride(0), key.stride(1), key.shape[1]),
         *(value.data_ptr(), value.stride(0), value.stride(1), num_kv_heads),
-        *(None, None),
+        *(0, 0),
         *(kv_cache.data_ptr(), kv_cache.shape[1], kv_cache.shape[3], slots.data_ptr()),
         *(tokens, dim, torch.get_num_threads()),
     )
@@ -127,9 +128,9 @@ def native_rotary_kv_write(
     _check_angles("rotary_kv_write", query, positions, cos_sin)
     _check_cache("rotary_kv_write", key, value, kv_cache, slots)
     tokens, num_heads, dim = query.shape
-    pick("rotary_kv_write", query.dtype)(
+    native.library().rotary_kv_write[query.dtype](
         *(query.data_ptr(), query.stride(0), query.stride(1), num_heads),
-        *(key.data_ptr(), key.stride(0), key.stride(1)),
+        *(key.data_ptr(), key.stride(0), key.stride(1), key.shape[1]),
         *(value.data_ptr(), value.stride(0), value.stride(1), key.shape[1]),
         *(positions.data_ptr(), cos_sin.data_ptr()),
         *(kv_cache.data_ptr(), kv_cache.shape[1], kv_cache.shape[3], slots.data_ptr()),

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
+from octavo.kernels import native
 from octavo.kernels.dispatch import Op
-from octavo.kernels.native.support import pick, refuse, unsupported
+from octavo.kernels.native.support import refuse, unsupported
 
 
 class SiluMul(Protocol):
@@ -32,7 +33,7 @@ def native_silu_mul(x: Tensor) -> Tensor:
     if x.stride(1) != 1 or double_width % 2:
         raise refuse("silu_mul", "x is [T, 2I] with dense rows", x=x)
     out = x.new_empty(rows, double_width // 2)
-    pick("silu_mul", x.dtype)(
+    native.library().silu_mul[x.dtype](
         x.data_ptr(),
         x.stride(0),
         out.data_ptr(),

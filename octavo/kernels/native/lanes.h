@@ -15,6 +15,8 @@
 #include <immintrin.h>
 #endif
 
+// Every exported function takes one pointer to a struct of 8-byte fields, which Python packs: see
+// library.py for the same fields in Python's words.
 #define OCTAVO_EXPORT extern "C" __attribute__((visibility("default")))
 #define OCTAVO_INLINE inline __attribute__((always_inline))
 

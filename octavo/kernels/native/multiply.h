@@ -25,6 +25,9 @@ struct Operands {
   float* out;
   int64_t out_stride;
   bool accumulate;
+  // Panels that the caller multiplies next, or null: while one tile is computed, one such panel is
+  // fetched, so that memory does not idle while the arithmetic units work, nor they while it does.
+  const typename Dot::Right* upcoming = nullptr;
 };
 
 template <class Dot, int ROWS, int PANELS>
@@ -36,7 +39,11 @@ static void multiply_tile(const Operands<Dot>& on) {
       sums[r][p] = on.accumulate ? load(on.out + r * on.out_stride + p * LANES) : zeros();
   const auto* right = on.right;
   const auto* left = on.left;
+  const auto* upcoming = on.upcoming ? on.upcoming : right;
+  const int64_t fetch_step = on.upcoming ? LINE : 0;
   for (int64_t d = 0; d < on.depth; d += Dot::DEPTH, right += LINE, left += Dot::DEPTH) {
+    __builtin_prefetch(upcoming, 0, 2);
+    upcoming += fetch_step;
     typename Dot::Line lines[PANELS];
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p) lines[p] = Dot::load_line(right + p * on.panel_stride);
@@ -94,9 +101,11 @@ static void multiply(int64_t rows, int64_t panels, const Operands<Dot>& on) {
 #endif
   for (int64_t p = 0, width; p < panels; p += width) {
     width = even_share(panels - p, MAX_TILE_PANELS);
+    int64_t to_fetch = on.upcoming ? panels : 0;
     for (int64_t r = 0, height; r < rows; r += height) {
       height = even_share(rows - r, MAX_TILE_ROWS);
       Operands<Dot> tile = on;
+      tile.upcoming = to_fetch > 0 ? on.upcoming + --to_fetch * on.panel_stride : nullptr;
       tile.left += r * on.left_stride;
       tile.right += p * on.panel_stride;
       tile.out += r * on.out_stride + p * LANES;

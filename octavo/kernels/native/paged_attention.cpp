@@ -22,13 +22,14 @@ constexpr int64_t MIN_PART_TOKENS = 128;
 
 template <class T>
 struct Attention {
-  const T* query;
+  const T* query;  // [tokens, heads, dim]
   int64_t query_token_stride, query_head_stride;
   const T* kv_cache;  // [2, num_blocks, kv_heads, 16, dim]
   const int32_t *query_starts, *context_lens, *block_tables;
   T* out;  // [tokens, heads, dim]
   int64_t batch, table_width, num_blocks, heads, kv_heads, dim;
-  float scale;
+  double scale;
+  int64_t threads;
 
   int64_t group() const { return heads / kv_heads; }
   int64_t tile_queries() const { return std::max<int64_t>(1, MAX_TILE_QUERY_ROWS / group()); }
@@ -214,7 +215,7 @@ static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Ra
                    scratch->scores, CHUNK_TOKENS, false});
     for (int64_t r = 0; r < rows; ++r)
       softmax_row<Dot>(scratch, r, tile.visible + r / group - chunk, padded, padded_dim,
-                       on.scale * LOG2_E);
+                       float(on.scale) * LOG2_E);
     multiply<Dot>(rows, dim_panels,
                   {scratch->weights, CHUNK_TOKENS, scratch->values, CHUNK_TOKENS * LANES, padded,
                    scratch->mixed, padded_dim, true});
@@ -250,8 +251,8 @@ static int64_t context_of(const Attention<T>&, const Tile& tile) {
 
 // Parts of the context per tile: enough tasks to keep every thread busy, none of them tiny.
 template <class T>
-static int64_t count_parts(const Attention<T>& on, const std::vector<Tile>& tiles, int threads) {
-  const int64_t tasks = int64_t(tiles.size()) * on.kv_heads;
+static int64_t count_parts(const Attention<T>& on, const std::vector<Tile>& tiles) {
+  const int64_t tasks = int64_t(tiles.size()) * on.kv_heads, threads = on.threads;
   if (tasks == 0 || tasks >= 4 * threads) return 1;
   int64_t longest = 0;
   for (const Tile& tile : tiles) longest = std::max(longest, context_of(on, tile));
@@ -279,15 +280,15 @@ static void merge_row(const Attention<T>& on, int64_t token, int64_t head, const
 }
 
 template <class T, class Dot>
-static void paged_attention(const Attention<T>& on, int threads) {
+static void paged_attention(const Attention<T>& on) {
   const std::vector<Tile> tiles = cut_tiles(on);
-  const int64_t parts = count_parts(on, tiles, threads), group = on.group();
+  const int64_t parts = count_parts(on, tiles), group = on.group();
   const int64_t tasks = int64_t(tiles.size()) * on.kv_heads * parts;
   const int64_t width = partial_width(on.dim);
   const int64_t tile_rows = on.tile_queries() * group;
   const std::unique_ptr<float[]> partials(parts > 1 ? new float[tasks * tile_rows * width]
                                                     : nullptr);
-#pragma omp parallel num_threads(threads) if (tasks > 1)
+#pragma omp parallel num_threads(on.threads) if (tasks > 1)
   {
     const std::unique_ptr<Scratch<Dot>> scratch(new Scratch<Dot>);
 #pragma omp for schedule(dynamic, 1)
@@ -330,17 +331,9 @@ static void paged_attention(const Attention<T>& on, int threads) {
 
 }  // namespace octavo
 
-#define OCTAVO_PAGED_ATTENTION(NAME, T, DOT)                                                      \
-  OCTAVO_EXPORT void NAME(const T* query, int64_t query_token_stride, int64_t query_head_stride, \
-                          const T* kv_cache, const int32_t* query_starts,                        \
-                          const int32_t* context_lens, const int32_t* block_tables, T* out,      \
-                          int64_t batch, int64_t table_width, int64_t num_blocks, int64_t heads, \
-                          int64_t kv_heads, int64_t dim, float scale, int threads) {             \
-    octavo::paged_attention<T, DOT>(                                                             \
-        {query, query_token_stride, query_head_stride, kv_cache, query_starts, context_lens,     \
-         block_tables, out, batch, table_width, num_blocks, heads, kv_heads, dim, scale},        \
-        threads);                                                                                \
-  }
-
-OCTAVO_PAGED_ATTENTION(octavo_paged_attention_bf16, octavo::bf16, octavo::Bf16AttentionDot)
-OCTAVO_PAGED_ATTENTION(octavo_paged_attention_fp32, float, octavo::Fp32Dot)
+OCTAVO_EXPORT void octavo_paged_attention_bf16(const octavo::Attention<octavo::bf16>* call) {
+  octavo::paged_attention<octavo::bf16, octavo::Bf16AttentionDot>(*call);
+}
+OCTAVO_EXPORT void octavo_paged_attention_fp32(const octavo::Attention<float>* call) {
+  octavo::paged_attention<float, octavo::Fp32Dot>(*call);
+}

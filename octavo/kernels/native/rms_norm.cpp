@@ -29,28 +29,35 @@ static void norm_row(const T* x, const T* residual, const T* weight, T* normed, 
 }
 
 template <class T>
-static void rms_norm(const T* x, int64_t x_stride, T* residual, const T* weight, T* normed,
-                     int64_t rows, int64_t width, float eps, int threads) {
-#pragma omp parallel num_threads(threads) if (rows * width > 32768)
+struct RmsNormCall {
+  const T* x;  // [rows, width], rows x_stride apart
+  int64_t x_stride;
+  T* residual;  // [rows, width] or null; receives x + residual
+  const T* weight;
+  T* normed;  // [rows, width]
+  int64_t rows, width;
+  double eps;
+  int64_t threads;
+};
+
+template <class T>
+static void rms_norm(const RmsNormCall<T>& on) {
+#pragma omp parallel num_threads(on.threads) if (on.rows * on.width > 32768)
   {
-    const Range mine = my_share(rows);
+    const Range mine = my_share(on.rows);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      T* hidden = residual ? residual + r * width : nullptr;
-      norm_row(x + r * x_stride, hidden, weight, normed + r * width, hidden, width, eps);
+      T* hidden = on.residual ? on.residual + r * on.width : nullptr;
+      norm_row(on.x + r * on.x_stride, hidden, on.weight, on.normed + r * on.width, hidden,
+               on.width, float(on.eps));
     }
   }
 }
 
 }  // namespace octavo
 
-OCTAVO_EXPORT void octavo_rms_norm_bf16(const octavo::bf16* x, int64_t x_stride,
-                                        octavo::bf16* residual, const octavo::bf16* weight,
-                                        octavo::bf16* normed, int64_t rows, int64_t width,
-                                        float eps, int threads) {
-  octavo::rms_norm(x, x_stride, residual, weight, normed, rows, width, eps, threads);
+OCTAVO_EXPORT void octavo_rms_norm_bf16(const octavo::RmsNormCall<octavo::bf16>* call) {
+  octavo::rms_norm(*call);
 }
-OCTAVO_EXPORT void octavo_rms_norm_fp32(const float* x, int64_t x_stride, float* residual,
-                                        const float* weight, float* normed, int64_t rows,
-                                        int64_t width, float eps, int threads) {
-  octavo::rms_norm(x, x_stride, residual, weight, normed, rows, width, eps, threads);
+OCTAVO_EXPORT void octavo_rms_norm_fp32(const octavo::RmsNormCall<float>* call) {
+  octavo::rms_norm(*call);
 }

@@ -4,7 +4,7 @@
 
 namespace octavo {
 
-// What both halves of the work say about one token's heads: strides are in elements.
+// The heads of one of query, key and value; strides are in elements.
 template <class T>
 struct Heads {
   T* data;
@@ -13,6 +13,17 @@ struct Heads {
   T* at(int64_t token, int64_t head) const {
     return data + token * token_stride + head * head_stride;
   }
+};
+
+template <class T>
+struct RotaryKvWriteCall {
+  Heads<T> query, key, value;
+  const int64_t* positions;  // [tokens]
+  const float* cos_sin;      // [positions, dim], or null: do not rotate
+  T* kv_cache;               // [2, num_blocks, kv heads, block_size, dim], or null: do not write
+  int64_t num_blocks, block_size;
+  const int64_t* slots;  // [tokens]
+  int64_t tokens, dim, threads;
 };
 
 template <class T>
@@ -34,54 +45,41 @@ static void rotate_token(Heads<T> heads, int64_t token, const float* cos_sin, in
   for (int64_t h = 0; h < heads.num_heads; ++h) rotate_head(heads.at(token, h), cos_sin, dim);
 }
 
-// kv_cache is [2, num_blocks, kv heads, block_size, dim].
 template <class T>
-static void write_token(Heads<T> key, Heads<T> value, int64_t token, T* kv_cache,
-                        int64_t num_blocks, int64_t block_size, int64_t slot, int64_t dim) {
-  const int64_t block = slot / block_size, row = slot % block_size;
-  const int64_t values_offset = num_blocks * key.num_heads * block_size * dim;
-  for (int64_t h = 0; h < key.num_heads; ++h) {
-    T* to = kv_cache + ((block * key.num_heads + h) * block_size + row) * dim;
-    std::memcpy(to, key.at(token, h), dim * sizeof(T));
-    std::memcpy(to + values_offset, value.at(token, h), dim * sizeof(T));
+static void write_token(const RotaryKvWriteCall<T>& on, int64_t token) {
+  const int64_t block = on.slots[token] / on.block_size, row = on.slots[token] % on.block_size;
+  const int64_t kv_heads = on.key.num_heads;
+  const int64_t values_offset = on.num_blocks * kv_heads * on.block_size * on.dim;
+  for (int64_t h = 0; h < kv_heads; ++h) {
+    T* to = on.kv_cache + ((block * kv_heads + h) * on.block_size + row) * on.dim;
+    std::memcpy(to, on.key.at(token, h), on.dim * sizeof(T));
+    std::memcpy(to + values_offset, on.value.at(token, h), on.dim * sizeof(T));
   }
 }
 
-// Rotates when there is a cos_sin table, then writes when there is a cache.
 template <class T>
-static void rotary_kv_write(Heads<T> query, Heads<T> key, Heads<T> value,
-                            const int64_t* positions, const float* cos_sin, T* kv_cache,
-                            int64_t num_blocks, int64_t block_size, const int64_t* slots,
-                            int64_t tokens, int64_t dim, int threads) {
-#pragma omp parallel num_threads(threads) if (tokens * query.num_heads * dim > 16384)
+static void rotary_kv_write(const RotaryKvWriteCall<T>& on) {
+  const int64_t work = on.tokens * (on.query.num_heads + on.key.num_heads) * on.dim;
+#pragma omp parallel num_threads(on.threads) if (work > 16384)
   {
-    const Range mine = my_share(tokens);
+    const Range mine = my_share(on.tokens);
     for (int64_t t = mine.begin; t < mine.end; ++t) {
-      if (cos_sin) {
-        rotate_token(query, t, cos_sin + positions[t] * dim, dim);
-        rotate_token(key, t, cos_sin + positions[t] * dim, dim);
+      if (on.cos_sin) {
+        const float* angles = on.cos_sin + on.positions[t] * on.dim;
+        rotate_token(on.query, t, angles, on.dim);
+        rotate_token(on.key, t, angles, on.dim);
       }
-      if (kv_cache) write_token(key, value, t, kv_cache, num_blocks, block_size, slots[t], dim);
+      if (on.kv_cache) write_token(on, t);
     }
   }
 }
 
 }  // namespace octavo
 
-#define OCTAVO_ROTARY_KV_WRITE(NAME, T)                                                          \
-  OCTAVO_EXPORT void NAME(T* query, int64_t query_token_stride, int64_t query_head_stride,       \
-                          int64_t num_heads, T* key, int64_t key_token_stride,                   \
-                          int64_t key_head_stride, T* value, int64_t value_token_stride,         \
-                          int64_t value_head_stride, int64_t num_kv_heads,                       \
-                          const int64_t* positions, const float* cos_sin, T* kv_cache,           \
-                          int64_t num_blocks, int64_t block_size, const int64_t* slots,          \
-                          int64_t tokens, int64_t dim, int threads) {                            \
-    octavo::rotary_kv_write<T>({query, query_token_stride, query_head_stride, num_heads},        \
-                               {key, key_token_stride, key_head_stride, num_kv_heads},           \
-                               {value, value_token_stride, value_head_stride, num_kv_heads},     \
-                               positions, cos_sin, kv_cache, num_blocks, block_size, slots,      \
-                               tokens, dim, threads);                                            \
-  }
-
-OCTAVO_ROTARY_KV_WRITE(octavo_rotary_kv_write_bf16, octavo::bf16)
-OCTAVO_ROTARY_KV_WRITE(octavo_rotary_kv_write_fp32, float)
+OCTAVO_EXPORT void octavo_rotary_kv_write_bf16(
+    const octavo::RotaryKvWriteCall<octavo::bf16>* call) {
+  octavo::rotary_kv_write(*call);
+}
+OCTAVO_EXPORT void octavo_rotary_kv_write_fp32(const octavo::RotaryKvWriteCall<float>* call) {
+  octavo::rotary_kv_write(*call);
+}

@@ -4,17 +4,24 @@
 namespace octavo {
 
 template <class T>
-static void silu_mul(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t width,
-                     int threads) {
-#pragma omp parallel num_threads(threads) if (rows * width > 16384)
+struct SiluMulCall {
+  const T* x;  // [rows, 2 * width], rows x_stride apart
+  int64_t x_stride;
+  T* out;  // [rows, width]
+  int64_t rows, width, threads;
+};
+
+template <class T>
+static void silu_mul(const SiluMulCall<T>& on) {
+#pragma omp parallel num_threads(on.threads) if (on.rows * on.width > 16384)
   {
-    const Range mine = my_share(rows);
+    const Range mine = my_share(on.rows);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const T *gate = x + r * x_stride, *up = gate + width;
-      for (int64_t i = 0; i < width; i += LANES) {
-        const int count = std::min<int64_t>(LANES, width - i);
+      const T *gate = on.x + r * on.x_stride, *up = gate + on.width;
+      for (int64_t i = 0; i < on.width; i += LANES) {
+        const int count = int(std::min<int64_t>(LANES, on.width - i));
         const Lanes gated = silu(load_first(gate + i, count)) * load_first(up + i, count);
-        store_first(out + r * width + i, gated, count);
+        store_first(on.out + r * on.width + i, gated, count);
       }
     }
   }
@@ -22,12 +29,9 @@ static void silu_mul(const T* x, int64_t x_stride, T* out, int64_t rows, int64_t
 
 }  // namespace octavo
 
-OCTAVO_EXPORT void octavo_silu_mul_bf16(const octavo::bf16* x, int64_t x_stride,
-                                        octavo::bf16* out, int64_t rows, int64_t width,
-                                        int threads) {
-  octavo::silu_mul(x, x_stride, out, rows, width, threads);
+OCTAVO_EXPORT void octavo_silu_mul_bf16(const octavo::SiluMulCall<octavo::bf16>* call) {
+  octavo::silu_mul(*call);
 }
-OCTAVO_EXPORT void octavo_silu_mul_fp32(const float* x, int64_t x_stride, float* out,
-                                        int64_t rows, int64_t width, int threads) {
-  octavo::silu_mul(x, x_stride, out, rows, width, threads);
+OCTAVO_EXPORT void octavo_silu_mul_fp32(const octavo::SiluMulCall<float>* call) {
+  octavo::silu_mul(*call);
 }

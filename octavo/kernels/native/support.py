@@ -24,15 +24,6 @@ def unsupported(case: Case, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> s
     return native.unavailable()
 
 
-def pick(name: str, dtype: torch.dtype):
-    """The C function of an op for a dtype. Raises TypeError for a dtype that has none."""
-    if dtype is torch.bfloat16:
-        return getattr(native.library(), f"{name}_bf16")
-    if dtype is torch.float32:
-        return getattr(native.library(), f"{name}_fp32")
-    raise TypeError(f"{name} has no compiled kernel for {dtype}")
-
-
 def refuse(op: str, rule: str, **tensors: Tensor | None) -> ValueError:
     """The error for inputs that break a rule of an op, with what was given."""
     given = ", ".join(
