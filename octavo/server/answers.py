@@ -1,0 +1,183 @@
+"""The answers to one HTTP request, from the engine's iterators to batches ready for a socket.
+
+Owns the merging of several prompts, the watch for a client that goes away, the closing of the
+engine's iterators in every case, and the latency books. Knows no JSON and no OpenAI.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import cast
+
+from starlette.types import Receive
+
+from octavo.core import FinishReason, SamplingParams, resolve_max_tokens
+from octavo.engine import ServingEngine, TextDelta
+from octavo.server.errors import ClientDisconnected, ErrorReply, HttpError, unavailable
+from octavo.server.metrics import ServerMetrics
+from octavo.server.prompts import Prompt
+
+
+@dataclass(slots=True)
+class Tally:
+    """The books of one answer."""
+
+    num_tokens: int = 0
+    last_token_s: float = 0.0
+    finish_reason: FinishReason | None = None
+
+
+Batch = list[tuple[int, TextDelta]]  # choice index (prompt * n + i) and what came for it
+
+
+class Answers:
+    """All answers to one HTTP request, read by one consumer.
+
+    One task for each prompt pumps the engine's iterator into a buffer; the consumer takes all that
+    is there. So a slow socket gets fewer and larger writes, a full buffer makes the engine keep the
+    rest, and cancelling a pump closes its iterator even while the consumer hangs in a write.
+    """
+
+    def __init__(
+        self,
+        engine: ServingEngine,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        response_id: str,
+        metrics: ServerMetrics,
+        arrival_s: float,
+        max_unread_deltas: int,
+    ):
+        for prompt in prompts:
+            max_model_len = engine.model.max_model_len
+            resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, max_model_len)
+        self.prompts = prompts
+        self.num_per_prompt = sampling.n
+        self.tallies = [Tally() for _ in range(len(prompts) * sampling.n)]
+        self._engine = engine
+        self._sampling = sampling
+        self._response_id = response_id
+        self._metrics = metrics
+        self._arrival_s = arrival_s
+        self._max_unread_deltas = max_unread_deltas
+        self._tasks: list[asyncio.Task[None]] = []
+        self._num_pumping = len(prompts)
+        self._num_silent = len(prompts)  # of which the engine has said nothing yet
+        self._unread: Batch = []
+        self._error: Exception | None = None
+        self._news = asyncio.Event()  # for the consumer: something came, ended or failed
+        self._room = asyncio.Event()  # for the pumps: the consumer has emptied the buffer
+
+    @asynccontextmanager
+    async def running(self, receive: Receive) -> AsyncIterator[None]:
+        """Generate inside the block; leaving it, in whatever way, frees what the engine holds."""
+        self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.prompts))]
+        self._tasks.append(asyncio.create_task(self._watch(receive)))
+        try:
+            yield
+        finally:
+            self._cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            for tally in self.tallies:
+                if tally.finish_reason is None:
+                    self._finish(tally, FinishReason.ABORT)
+
+    async def first(self) -> None:
+        """Wait until the engine has taken every prompt; raises its refusal where it has not."""
+        while self._num_silent and self._error is None:
+            self._news.clear()
+            await self._news.wait()
+        if self._error is not None:
+            raise self._error
+
+    async def batches(self) -> AsyncIterator[Batch]:
+        """Whatever has come since the last batch, until all answers have ended."""
+        while True:
+            if self._unread:
+                batch, self._unread = self._unread, []
+                self._room.set()
+                yield batch
+            elif self._error is not None:
+                raise self._error
+            elif self._num_pumping == 0:
+                return
+            else:
+                self._news.clear()
+                await self._news.wait()
+
+    async def _pump(self, prompt_index: int) -> None:
+        offset = prompt_index * self.num_per_prompt
+        try:
+            async with aclosing(self._deltas(prompt_index)) as deltas:
+                silent = True
+                async for delta in deltas:
+                    if silent:
+                        silent = False
+                        self._num_silent -= 1
+                    self._note(self.tallies[offset + delta.index], delta)
+                    self._unread.append((offset + delta.index, delta))
+                    self._news.set()
+                    if len(self._unread) >= self._max_unread_deltas:
+                        self._room.clear()
+                        await self._room.wait()
+            if any(t.finish_reason is None for t in self._of_prompt(prompt_index)):
+                raise _failure("the engine ended an answer without a reason")
+        except Exception as error:  # whatever it is, the consumer must hear of it
+            self._fail(error)
+        self._num_pumping -= 1
+        self._news.set()
+
+    def _deltas(self, prompt_index: int) -> AsyncGenerator[TextDelta, None]:
+        request_id = f"{self._response_id}-{prompt_index}"
+        token_ids = self.prompts[prompt_index].token_ids
+        deltas = self._engine.generate(request_id, token_ids, self._sampling)
+        return cast("AsyncGenerator[TextDelta, None]", deltas)  # "closing the iterator aborts"
+
+    def _of_prompt(self, prompt_index: int) -> list[Tally]:
+        offset = prompt_index * self.num_per_prompt
+        return self.tallies[offset : offset + self.num_per_prompt]
+
+    def _note(self, tally: Tally, delta: TextDelta) -> None:
+        if delta.token_ids:
+            now = time.monotonic()
+            if tally.num_tokens:
+                gap_s = (now - tally.last_token_s) / len(delta.token_ids)
+                self._metrics.inter_token_latency.observe(gap_s)
+            else:
+                self._metrics.time_to_first_token.observe(now - self._arrival_s)
+            tally.last_token_s = now
+            tally.num_tokens += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._finish(tally, delta.finish_reason)
+            if delta.finish_reason is FinishReason.ERROR:
+                raise _failure(delta.error or "the answer failed")
+            if delta.finish_reason is FinishReason.ABORT:
+                raise HttpError(unavailable("the server cancelled the request", "cancelled"))
+
+    def _finish(self, tally: Tally, reason: FinishReason) -> None:
+        tally.finish_reason = reason
+        self._metrics.request_success.labels(reason.value).inc()
+        self._metrics.e2e_request_latency.observe(time.monotonic() - self._arrival_s)
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self._fail(ClientDisconnected())
+
+    def _fail(self, error: Exception) -> None:
+        """The first failure is the request's; nothing of it goes on."""
+        self._error = self._error or error
+        self._cancel()
+        self._news.set()
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+
+def _failure(message: str) -> HttpError:
+    return HttpError(ErrorReply(500, message, "server_error", None, "generation_failed"))

@@ -1,0 +1,62 @@
+"""Puts the server together: routes, middleware, error table, lifespan.
+
+Handlers are registered as plain Starlette routes: bodies are read by `body`, with its limits, and
+never by the framework.
+"""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from octavo.engine import ServingEngine
+from octavo.errors import OctavoError
+from octavo.server.config import ServerConfig
+from octavo.server.errors import ClientDisconnected, HttpError, handle_error
+from octavo.server.limits import Limits
+from octavo.server.metrics import ServerMetrics
+from octavo.server.middleware import Books, Gate
+from octavo.server.routes_openai import OpenAIRoutes
+from octavo.server.routes_ops import OpsRoutes
+from octavo.server.routes_tokenize import TokenizeRoutes
+from octavo.server.state import ServerState
+
+Lifespan = Callable[[], AbstractAsyncContextManager[object]]
+
+
+def create_app(
+    engine: ServingEngine, config: ServerConfig, *, lifespan: Lifespan = nullcontext
+) -> FastAPI:
+    """The HTTP application around an engine.
+
+    `lifespan` is entered on the server's event loop before the first request and left after the
+    last: the place to start and stop an engine that lives on that loop. Nothing reads the engine
+    before that.
+    """
+    state = ServerState(engine, config, Limits.of(config), ServerMetrics(engine))
+
+    @asynccontextmanager
+    async def run(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan():
+            yield
+
+    app = FastAPI(
+        title="Octavo",
+        lifespan=run,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # a redirect would be built from the Host header
+    )
+    app.state.octavo = state
+    labels: dict[object, str] = {}
+    for surface in (OpenAIRoutes(state), TokenizeRoutes(state), OpsRoutes(state)):
+        for method, path, handler in surface.routes():
+            app.add_route(path, handler, methods=[method])
+            labels[handler] = path
+    for kind in (OctavoError, HttpError, ClientDisconnected, HTTPException):
+        app.add_exception_handler(kind, handle_error)
+    app.add_middleware(Gate, state=state)
+    app.add_middleware(Books, state=state, labels=labels)  # added last, so it is the outermost
+    return app

@@ -1,0 +1,127 @@
+"""From an exception to what the client sees: status, OpenAI error object, headers. The one table.
+
+    RequestError, wrong route or method     400 404 405   invalid_request_error
+    header, body or read-time limits        431 413 408   invalid_request_error
+    missing or wrong key                    401           authentication_error
+    OverloadedError, draining               503           server_error, with Retry-After
+    EngineDeadError                         503           server_error
+    anything else                           500           server_error, text withheld
+
+Only the texts of `RequestError` and of this package reach clients: others may hold paths.
+"""
+
+import logging
+import math
+from dataclasses import dataclass, field
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.errors import EngineDeadError, OverloadedError, RequestError, UnknownModelError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ErrorReply:
+    """An error as a client sees it."""
+
+    status: int
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        """The JSON of OpenAI's error object."""
+        error = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        return orjson.dumps({"error": error})
+
+    def response(self) -> Response:
+        """The whole HTTP response."""
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+class HttpError(Exception):
+    """The HTTP layer refuses a request, or an answer failed; carries the reply."""
+
+    def __init__(self, reply: ErrorReply):
+        super().__init__(reply.message)
+        self.reply = reply
+
+
+class ClientDisconnected(Exception):
+    """Nobody is left to answer."""
+
+
+def bad_request(message: str, *, param: str | None = None, code: str | None = None) -> HttpError:
+    """A 400 that the server itself decides on."""
+    return HttpError(ErrorReply(400, message, "invalid_request_error", param, code))
+
+
+def unavailable(message: str, code: str, *, retry_after_s: float | None = None) -> ErrorReply:
+    """A 503; clients retry after the given time."""
+    headers = {} if retry_after_s is None else {"retry-after": str(math.ceil(retry_after_s))}
+    return ErrorReply(503, message, "server_error", None, code, headers)
+
+
+def reply_to(error: Exception) -> ErrorReply:
+    """What the client is told of an exception."""
+    match error:
+        case HttpError():
+            return error.reply
+        case RequestError():
+            status = 404 if isinstance(error, UnknownModelError) else 400
+            kind = "invalid_request_error"
+            return ErrorReply(status, str(error), kind, error.param, error.code)
+        case OverloadedError():
+            return unavailable(
+                "the server has as many requests as it can queue; try again later",
+                "overloaded",
+                retry_after_s=max(1.0, error.retry_after_s),
+            )
+        case EngineDeadError():
+            return unavailable("the engine is not running", "engine_dead")
+        case ClientDisconnected():
+            return ErrorReply(499, "the client closed the connection", "invalid_request_error")
+        case HTTPException():
+            return _routing_reply(error)
+        case _:
+            message = "internal error; the server's log has the details"
+            return ErrorReply(500, message, "server_error", None, "internal_error")
+
+
+def _routing_reply(error: HTTPException) -> ErrorReply:
+    messages = {404: "no such route", 405: "this route does not take that method"}
+    message = messages.get(error.status_code, "the request was refused")
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    return ErrorReply(error.status_code, message, kind, headers=dict(error.headers or {}))
+
+
+def log_failure(error: Exception, request_id: str) -> None:
+    """Tell the operator of failures that are not the client's; the client's are only counted."""
+    if isinstance(error, ClientDisconnected):
+        logger.info("request %s: 499, the client closed the connection", request_id)
+    elif isinstance(error, EngineDeadError):
+        logger.error("request %s: the engine is dead: %s", request_id, error)
+    elif isinstance(error, OverloadedError):
+        logger.warning("request %s: refused, %s", request_id, error)
+    elif isinstance(error, HttpError):
+        if error.reply.status >= 500:
+            logger.error("request %s: %s", request_id, error)
+    elif not isinstance(error, (RequestError, HTTPException)):
+        logger.error("request %s failed", request_id, exc_info=error)
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """Starlette's exception handler for all that is raised before a response has started."""
+    log_failure(error, request.scope["octavo.request_id"])
+    return reply_to(error).response()

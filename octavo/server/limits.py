@@ -1,0 +1,43 @@
+"""Every bound that the server puts on what a client sends, in one place.
+
+All of them hold before work is queued. Bounds of sampling options (n, stop strings, logprobs) are
+in `octavo.core.SamplingParams`, bounds of the vocabulary and the context are the engine's.
+"""
+
+from dataclasses import dataclass
+
+from octavo.server.config import ServerConfig
+
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 64 * 2**10
+MAX_REQUEST_ID_CHARS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bounds of one server."""
+
+    max_request_bytes: int
+    read_timeout_s: float
+    write_timeout_s: float
+    max_prompts: int
+    max_choices: int = 4096  # prompts times n
+    max_logit_bias_bytes: int = 64 * 2**10  # as JSON: some 4,000 entries
+    max_chars_per_token: int = 16  # a text longer than this times the context cannot fit it
+    max_inline_chars: int = 8192  # longer texts are tokenized off the event loop
+    max_unread_deltas: int = 1024  # for each HTTP request; more wait in the engine
+    max_inspected_bytes: int = 64 * 2**10  # longer bodies are not searched for unknown fields
+
+    @classmethod
+    def of(cls, config: ServerConfig) -> "Limits":
+        """The operator's bounds, and our own for the rest."""
+        return cls(
+            max_request_bytes=config.max_request_bytes,
+            read_timeout_s=config.read_timeout_s,
+            write_timeout_s=config.write_timeout_s,
+            max_prompts=config.max_prompts,
+        )
+
+    def max_prompt_chars(self, max_model_len: int) -> int:
+        """Texts beyond this are refused without tokenizing them."""
+        return self.max_chars_per_token * max_model_len + 1024

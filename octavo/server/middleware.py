@@ -1,0 +1,113 @@
+"""What every request passes before a route sees it: identity, books, limits and the key.
+
+Pure ASGI: a message is passed on as it is, so streams stay streams. Knows no route's meaning.
+"""
+
+import hmac
+import string
+import uuid
+from collections.abc import Mapping
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from octavo.server.errors import ErrorReply, log_failure, reply_to, unavailable
+from octavo.server.limits import MAX_HEADERS, MAX_REQUEST_ID_CHARS
+from octavo.server.state import ServerState
+
+PUBLIC_PATHS = frozenset({"/health"})
+_REQUEST_ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_.:")
+
+
+class Books:
+    """Gives each request an id, counts each response, and turns what nobody caught into a 500."""
+
+    def __init__(self, app: ASGIApp, state: ServerState, labels: Mapping[object, str]):
+        self._app = app
+        self._metrics = state.metrics
+        self._labels = labels  # endpoint to route, so that clients cannot invent label values
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _request_id(Headers(scope=scope).get("x-request-id"))
+        scope["octavo.request_id"] = request_id
+        started = False
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+                route = self._labels.get(scope.get("endpoint"), "unmatched")
+                self._metrics.http_requests.labels(route, str(message["status"])).inc()
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        except Exception as error:
+            log_failure(error, request_id)
+            if started:
+                raise
+            await reply_to(error).response()(scope, receive, send_and_note)
+
+
+def _request_id(offered: str | None) -> str:
+    """The client's id where it is harmless in a log line and a header, else a fresh one."""
+    if (
+        offered
+        and len(offered) <= MAX_REQUEST_ID_CHARS
+        and _REQUEST_ID_ALPHABET.issuperset(offered)
+    ):
+        return offered
+    return uuid.uuid4().hex
+
+
+class Gate:
+    """Refuses what has too many headers, no key, or comes while the server drains.
+
+    Denies by default: a path is open only if it is, to the letter, in `PUBLIC_PATHS`. The path is
+    the one that the router matches, never one rebuilt from the Host header.
+    """
+
+    def __init__(self, app: ASGIApp, state: ServerState):
+        self._app = app
+        self._state = state
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        refusal = self._refusal(scope)
+        if refusal is None:
+            await self._app(scope, receive, send)
+        else:
+            await refusal.response()(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ErrorReply | None:
+        close = {"connection": "close"}  # the body is left unread
+        if len(scope["headers"]) > MAX_HEADERS:
+            message = f"more than {MAX_HEADERS} headers"
+            return ErrorReply(431, message, "invalid_request_error", headers=close)
+        if scope["path"] in PUBLIC_PATHS:
+            return None
+        if not self._has_key(scope):
+            headers = close | {"www-authenticate": "Bearer"}
+            message = "a valid API key is required: Authorization: Bearer <key>"
+            return ErrorReply(
+                401, message, "authentication_error", None, "invalid_api_key", headers
+            )
+        if self._state.draining and scope["method"] == "POST":
+            return unavailable("the server is shutting down", "draining", retry_after_s=5.0)
+        return None
+
+    def _has_key(self, scope: Scope) -> bool:
+        if self._state.config.api_key is None:
+            return True
+        for name, value in scope["headers"]:
+            if name == b"authorization":
+                scheme, _, key = value.partition(b" ")
+                expected = self._state.config.api_key.encode()
+                return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), expected)
+        return False

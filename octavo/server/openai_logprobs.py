@@ -1,0 +1,67 @@
+"""Log-probabilities in the two shapes that OpenAI gives them. Knows no streams and no requests."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from octavo.core import TokenLogprobs
+from octavo.text import Tokenizer
+
+REPLACEMENT = "\ufffd"
+
+
+class LogprobShaper:
+    """Renders tokens of one model. Token texts are remembered; there are only so many."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def _text(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            self._texts[token_id] = text
+        return text
+
+    def completion(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], *, offset: int
+    ) -> dict[str, Any]:
+        """Four parallel lists; `offset` is where, in the answer's text, the first token begins."""
+        tokens = [self._text(token_id) for token_id in token_ids]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in logprobs],
+            "top_logprobs": [
+                {self._text(i): logprob for i, logprob in entry.top} | {token: entry.logprob}
+                for token, entry in zip(tokens, logprobs, strict=True)
+            ],
+            "text_offset": offsets,
+        }
+
+    def num_chars(self, token_ids: Sequence[int]) -> int:
+        """Characters that `completion` counts for these tokens."""
+        return sum(len(self._text(token_id)) for token_id in token_ids)
+
+    def chat(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
+    ) -> list[dict[str, Any]]:
+        """One object a token, each with its alternatives."""
+        return [
+            self._entry(token_id, entry.logprob)
+            | {"top_logprobs": [self._entry(i, logprob) for i, logprob in entry.top]}
+            for token_id, entry in zip(token_ids, logprobs, strict=True)
+        ]
+
+    def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
+        """`bytes` is null where a token is no whole character: its text cannot say which."""
+        text = self._text(token_id)
+        whole = REPLACEMENT not in text
+        return {
+            "token": text,
+            "logprob": max(logprob, -9999.0),  # minus infinity is no JSON; OpenAI's own floor
+            "bytes": list(text.encode()) if whole else None,
+        }

@@ -1,0 +1,168 @@
+"""What the shapes of completions and chat completions share: heads, usage, frames of a stream.
+
+A subclass says how one choice looks, whole and as a piece; this class makes responses and chunks.
+Knows no engine and no sockets.
+"""
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+
+from octavo.core import FinishReason, TokenLogprobs
+from octavo.engine import TextDelta
+from octavo.server.answers import Batch, Tally
+from octavo.server.openai_logprobs import LogprobShaper
+from octavo.server.prompts import Prompt
+
+DONE = b"data: [DONE]\n\n"
+_MARK = "\x00text\x00"  # stands for the text in a template; no model name has it
+_MARK_JSON = orjson.dumps(_MARK)
+
+
+@dataclass(slots=True)
+class Piece:
+    """A part of one answer, or all of it: what a choice is shaped from."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+    @classmethod
+    def joined(cls, deltas: Sequence[TextDelta]) -> "Piece":
+        """The pieces of one answer, in order, as one."""
+        piece = cls("".join(delta.text for delta in deltas))
+        for delta in deltas:
+            piece.token_ids.extend(delta.token_ids)
+            piece.logprobs.extend(delta.logprobs or ())
+            piece.finish_reason = delta.finish_reason or piece.finish_reason
+            piece.stop_reason = (
+                piece.stop_reason if delta.stop_reason is None else delta.stop_reason
+            )
+        return piece
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShapeOptions:
+    """What a request asked of the form of its response."""
+
+    model: str
+    prompts: Sequence[Prompt]
+    num_per_prompt: int
+    with_logprobs: bool
+    return_token_ids: bool
+    include_usage: bool
+
+
+def sse(payload: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + orjson.dumps(payload) + b"\n\n"
+
+
+class Shape(ABC):
+    """One response, as JSON or as a stream of chunks."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, options: ShapeOptions, logprobs: LogprobShaper):
+        self.id = self.id_prefix + uuid.uuid4().hex
+        self.options = options
+        self.logprobs = logprobs
+        self._created = int(time.time())
+        self._plain = not (options.with_logprobs or options.return_token_ids)
+        self._templates: dict[int, tuple[bytes, bytes]] = {}
+
+    @abstractmethod
+    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        """One finished answer."""
+
+    @abstractmethod
+    def chunk_choice(self, index: int, piece: Piece) -> dict[str, Any]:
+        """A piece of one answer."""
+
+    @abstractmethod
+    def opening(self) -> bytes:
+        """The frames before the first text."""
+
+    def response(self, pieces: Sequence[Piece], tallies: Sequence[Tally]) -> dict[str, Any]:
+        """The whole response, without streaming."""
+        choices = [self.choice(index, piece) for index, piece in enumerate(pieces)]
+        return self._head(self.object) | {"choices": choices, "usage": self._usage(tallies)}
+
+    def frames(self, batch: Batch) -> bytes:
+        """The frames of all deltas that are ready."""
+        return b"".join([self._frame(index, delta) for index, delta in batch])
+
+    def _frame(self, index: int, delta: TextDelta) -> bytes:
+        if self._plain and delta.finish_reason is None:  # nearly all: only the text differs
+            if not delta.text:
+                return b""
+            head, tail = self._templates.get(index) or self._template(index)
+            return head + orjson.dumps(delta.text) + tail
+        frame = b""
+        if delta.text or (delta.token_ids and not self._plain):
+            piece = Piece.joined([delta])
+            piece.finish_reason = piece.stop_reason = None
+            frame = sse(self.chunk(self.chunk_choice(index, piece)))
+        if delta.finish_reason is not None:
+            last = Piece(finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
+            frame += sse(self.chunk(self.chunk_choice(index, last)))
+        return frame
+
+    def _template(self, index: int) -> tuple[bytes, bytes]:
+        """A frame, cut where the text goes: made by the slow path, so both look the same."""
+        frame = sse(self.chunk(self.chunk_choice(index, Piece(_MARK))))
+        head, _, tail = frame.partition(_MARK_JSON)
+        self._templates[index] = head, tail
+        return head, tail
+
+    def closing(self, tallies: Sequence[Tally]) -> bytes:
+        """The frames after the last text."""
+        if not self.options.include_usage:
+            return DONE
+        chunk = self._head(self.chunk_object) | {"choices": [], "usage": self._usage(tallies)}
+        return sse(chunk) + DONE
+
+    def chunk(self, choice: dict[str, Any]) -> dict[str, Any]:
+        """A chunk of a stream around one choice."""
+        chunk = self._head(self.chunk_object) | {"choices": [choice]}
+        if self.options.include_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt that a choice answers."""
+        return self.options.prompts[index // self.options.num_per_prompt]
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self._created,
+            "model": self.options.model,
+        }
+
+    def _usage(self, tallies: Sequence[Tally]) -> dict[str, Any]:
+        num_prompt = sum(len(prompt.token_ids) for prompt in self.options.prompts)
+        num_completion = sum(tally.num_tokens for tally in tallies)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+        }
+
+
+def ending(piece: Piece) -> dict[str, Any]:
+    """How a choice says that it is over. `stop_reason` is vLLM's: which stop string or token."""
+    fields: dict[str, Any] = {"finish_reason": piece.finish_reason}
+    if piece.stop_reason is not None:
+        fields["stop_reason"] = piece.stop_reason
+    return fields

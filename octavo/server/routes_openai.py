@@ -1,0 +1,183 @@
+"""/v1/models, /v1/completions and /v1/chat/completions: from a body to a response that generates.
+
+Each handler reads as the list of its steps; the steps are in the other modules.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.core import SamplingParams
+from octavo.errors import RequestError
+from octavo.server.answers import Answers
+from octavo.server.body import read_json
+from octavo.server.errors import bad_request
+from octavo.server.generation_response import GenerationResponse
+from octavo.server.openai_chat import ChatShape
+from octavo.server.openai_completions import CompletionShape
+from octavo.server.openai_logprobs import LogprobShaper
+from octavo.server.openai_shape import Shape, ShapeOptions
+from octavo.server.prompts import Prompt, PromptReader
+from octavo.server.protocol import (
+    ChatRequest,
+    SamplingFields,
+    parse_chat,
+    parse_completion,
+    sampling_params,
+)
+from octavo.server.replies import json_response
+from octavo.server.state import Route, ServerState
+
+T = TypeVar("T")
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+class OpenAIRoutes:
+    """The handlers of one server."""
+
+    def __init__(self, state: ServerState):
+        self._state = state
+        self._created = int(time.time())
+        self._shaper: LogprobShaper | None = None
+
+    def routes(self) -> list[Route]:
+        """What the application serves."""
+        return [
+            Route("GET", "/v1/models", self.models),
+            Route("GET", "/v1/models/{model:path}", self.model),
+            Route("POST", "/v1/completions", self.completions),
+            Route("POST", "/v1/chat/completions", self.chat_completions),
+        ]
+
+    async def models(self, request: Request) -> Response:
+        """All names of the one model."""
+        cards = [self._card(name) for name in self._state.model_names]
+        return json_response({"object": "list", "data": cards})
+
+    async def model(self, request: Request) -> Response:
+        """One name of the one model."""
+        return json_response(self._card(self._state.check_model(request.path_params["model"])))
+
+    def _card(self, name: str) -> dict[str, object]:
+        model = self._state.engine.model
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "octavo",
+            "root": model.name,
+            "parent": None,
+            "max_model_len": model.max_model_len,
+        }
+
+    async def completions(self, request: Request) -> Response:
+        """Continue one prompt or several."""
+        arrival_s = time.monotonic()
+        state = self._state
+        fields = parse_completion(await read_json(request, state.limits), state.limits)
+        name = state.check_model(fields.model)
+        sampling = sampling_params(
+            fields,
+            state.limits,
+            max_tokens=_or(fields.max_tokens, DEFAULT_COMPLETION_TOKENS),
+            logprobs=fields.logprobs,
+        )
+        reader = PromptReader(state.engine.model, state.limits)
+        prompts = await reader.completion(
+            fields.prompt, add_special_tokens=_or(fields.add_special_tokens, True)
+        )
+        options = self._options(fields, name, prompts, sampling)
+        echoes = [self._echo(prompt, sampling) for prompt in prompts] if fields.echo else None
+        shape = CompletionShape(options, self._logprob_shaper(), echoes=echoes)
+        return self._response(shape, sampling, fields, arrival_s=arrival_s)
+
+    def _echo(self, prompt: Prompt, sampling: SamplingParams) -> str:
+        if prompt.text is not None:
+            return prompt.text
+        tokenizer = self._state.engine.model.tokenizer
+        return tokenizer.decode(prompt.token_ids, skip_special_tokens=sampling.skip_special_tokens)
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Answer a conversation."""
+        arrival_s = time.monotonic()
+        state = self._state
+        fields = parse_chat(await read_json(request, state.limits), state.limits)
+        name = state.check_model(fields.model)
+        sampling = _chat_sampling(fields, state)
+        reader = PromptReader(state.engine.model, state.limits)
+        prompt = await reader.chat(
+            fields.messages, add_generation_prompt=_or(fields.add_generation_prompt, True)
+        )
+        options = self._options(fields, name, [prompt], sampling)
+        shape = ChatShape(options, self._logprob_shaper())
+        return self._response(shape, sampling, fields, arrival_s=arrival_s)
+
+    def _options(
+        self,
+        fields: SamplingFields,
+        name: str,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+    ) -> ShapeOptions:
+        limits = self._state.limits
+        if len(prompts) * sampling.n > limits.max_choices:
+            message = f"prompts times n must be at most {limits.max_choices}"
+            raise bad_request(message, param="n")
+        return ShapeOptions(
+            model=name,
+            prompts=prompts,
+            num_per_prompt=sampling.n,
+            with_logprobs=sampling.logprobs is not None,
+            return_token_ids=bool(fields.return_token_ids),
+            include_usage=fields.include_usage,
+        )
+
+    def _logprob_shaper(self) -> LogprobShaper:
+        """Made at the first request: only then is the engine sure to know its tokenizer."""
+        if self._shaper is None:
+            self._shaper = LogprobShaper(self._state.engine.model.tokenizer)
+        return self._shaper
+
+    def _response(
+        self, shape: Shape, sampling: SamplingParams, fields: SamplingFields, *, arrival_s: float
+    ) -> Response:
+        answers = Answers(
+            self._state.engine,
+            shape.options.prompts,
+            sampling,
+            response_id=shape.id,
+            metrics=self._state.metrics,
+            arrival_s=arrival_s,
+            max_unread_deltas=self._state.limits.max_unread_deltas,
+        )
+        return GenerationResponse(answers, shape, stream=bool(fields.stream))
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _chat_sampling(fields: ChatRequest, state: ServerState) -> SamplingParams:
+    """Chat has its own names for the bound of tokens and for the number of alternatives."""
+    old, new = fields.max_tokens, fields.max_completion_tokens
+    if old is not None and new is not None and old != new:
+        raise bad_request(
+            "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
+        )
+    logprobs = _or(fields.top_logprobs, 0) if fields.logprobs else None
+    names = {"logprobs": "top_logprobs"}
+    if new is not None:
+        names["max_tokens"] = "max_completion_tokens"
+    try:
+        return sampling_params(fields, state.limits, max_tokens=_or(new, old), logprobs=logprobs)
+    except RequestError as error:
+        if error.param not in names:
+            raise
+        name = names[error.param]
+        raise RequestError(
+            str(error).replace(error.param, name, 1), param=name, code=error.code
+        ) from None

@@ -1,0 +1,49 @@
+"""What all routes of one server share. Knows nothing of any single request."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.engine import ServingEngine
+from octavo.errors import UnknownModelError
+from octavo.server.config import ServerConfig
+from octavo.server.limits import Limits
+from octavo.server.metrics import ServerMetrics
+
+
+@dataclass
+class ServerState:
+    """The engine, its bounds and its books. Only `draining` ever changes, and only once."""
+
+    engine: ServingEngine
+    config: ServerConfig
+    limits: Limits
+    metrics: ServerMetrics
+    draining: bool = False
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The names that clients may use; the first is the model's own."""
+        return (self.engine.model.name, *self.config.served_model_name)
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer under: the one asked for, or the model's own where none is."""
+        if name is None:
+            return self.engine.model.name
+        if name not in self.model_names:
+            raise UnknownModelError("the model does not exist here; see /v1/models", param="model")
+        return name
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class Route(NamedTuple):
+    """One line of the route table."""
+
+    method: str
+    path: str
+    handler: Handler

@@ -1,0 +1,187 @@
+"""A `ServingEngine` without a model: deterministic text, delays and faults on demand.
+
+Keeps books (live, aborted and finished requests) so that tests can see that nothing leaks. Runs on
+the caller's event loop. Knows no HTTP.
+"""
+
+import asyncio
+import codecs
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass, field
+
+from octavo.core import (
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    TokenLogprobs,
+    check_prompt,
+    check_sampling_ids,
+    resolve_max_tokens,
+)
+from octavo.engine import ServedModel, TextDelta
+from octavo.errors import EngineDeadError, OverloadedError
+from octavo.testing.byte_tokenizer import EOS, ByteTokenizer
+
+NUM_BLOCKS = 1000
+_TOKENS_PER_BLOCK = 16
+
+
+def echo_reply(prompt: str, index: int) -> str:
+    """The default answer: says the prompt again, and which of the `n` answers this is."""
+    return f"Answer {index} to: {prompt}"
+
+
+@dataclass(kw_only=True)
+class FakeScript:
+    """How a fake engine behaves. May be changed while it runs."""
+
+    reply: Callable[[str, int], str] = echo_reply
+    queue_delay_s: float = 0.0  # before the first token
+    token_delay_s: float = 0.0  # before every further one
+    max_requests: int | None = None  # one more is refused as an overload
+    dead: bool = False
+    fail_after: int | None = None  # tokens of an answer, after which comes `failure`
+    failure: Exception | str = "the fake engine failed as told"  # a string ends one answer with it
+
+
+@dataclass
+class FakeEngine:
+    """Answers a prompt with `script.reply`, one byte a token."""
+
+    script: FakeScript = field(default_factory=FakeScript)
+    name: str = "fake-model"
+    max_model_len: int = 4096
+    requests: dict[str, tuple[list[int], SamplingParams]] = field(default_factory=dict)
+    live: set[str] = field(default_factory=set)
+    finished: list[str] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        tokenizer = ByteTokenizer()
+        self.model = ServedModel(self.name, self.max_model_len, tokenizer.vocab_size, tokenizer)
+
+    def check_health(self) -> None:
+        """Raise `EngineDeadError` where the script says so."""
+        if self.script.dead:
+            raise EngineDeadError("the fake engine is dead: /fake/path.py line 1")
+
+    def stats(self) -> EngineStats:
+        """Every live request runs, on as many blocks as its prompt needs."""
+        num_used = sum(len(self.requests[i][0]) // _TOKENS_PER_BLOCK + 1 for i in self.live)
+        return EngineStats(
+            num_running=len(self.live),
+            num_waiting=0,
+            num_free_blocks=NUM_BLOCKS - num_used,
+            num_blocks=NUM_BLOCKS,
+            num_preemptions=0,
+            num_steps=self.num_generation_tokens,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generation_tokens=self.num_generation_tokens,
+        )
+
+    async def generate(
+        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> AsyncGenerator[TextDelta, None]:
+        """The answers of one request, interleaved."""
+        max_tokens = self._admit(request_id, prompt_token_ids, sampling)
+        prompt = self.model.tokenizer.decode(prompt_token_ids)
+        answers = [
+            _Answer(index, self.script.reply(prompt, index), sampling, max_tokens)
+            for index in range(sampling.n)
+        ]
+        try:
+            await asyncio.sleep(self.script.queue_delay_s)
+            self.num_prompt_tokens += len(prompt_token_ids)
+            while answers:
+                for answer in list(answers):
+                    delta = self._next(answer)
+                    if delta.finish_reason is not None:
+                        answers.remove(answer)
+                    yield delta
+                await asyncio.sleep(self.script.token_delay_s)
+            self.finished.append(request_id)
+        finally:
+            self.live.remove(request_id)
+            if answers:
+                self.aborted.append(request_id)
+
+    def _admit(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> int:
+        self.check_health()
+        if self.script.max_requests is not None and len(self.live) >= self.script.max_requests:
+            raise OverloadedError("the fake queue is full", retry_after_s=2.0)
+        max_tokens = resolve_max_tokens(len(token_ids), sampling.max_tokens, self.max_model_len)
+        check_prompt(token_ids, vocab_size=self.model.vocab_size)
+        check_sampling_ids(sampling, vocab_size=self.model.vocab_size)
+        self.requests[request_id] = token_ids, sampling
+        self.live.add(request_id)
+        return max_tokens
+
+    def _next(self, answer: "_Answer") -> TextDelta:
+        self.check_health()
+        if answer.num_tokens == self.script.fail_after:
+            if isinstance(self.script.failure, Exception):
+                raise self.script.failure
+            error = self.script.failure
+            return TextDelta(answer.index, "", finish_reason=FinishReason.ERROR, error=error)
+        self.num_generation_tokens += 1
+        return next(answer.deltas)
+
+
+class _Answer:
+    """One answer, cut into deltas of one token each."""
+
+    def __init__(self, index: int, reply: str, sampling: SamplingParams, max_tokens: int):
+        self.index = index
+        self.num_tokens = 0
+        self.deltas = self._run(reply, sampling, max_tokens)
+
+    def _run(self, reply: str, sampling: SamplingParams, max_tokens: int) -> Iterator[TextDelta]:
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        num_held_back = max((len(stop) for stop in sampling.stop_strings), default=1) - 1
+        text, num_sent = "", 0
+        for token_id in self._ids(reply, sampling):
+            self.num_tokens += 1
+            finish: FinishReason | None = None
+            stop_reason: str | int | None = None
+            if token_id in ({EOS} | set(sampling.stop_token_ids or ())) and not (
+                token_id == EOS and sampling.ignore_eos
+            ):
+                finish = FinishReason.STOP
+                stop_reason = None if token_id == EOS else token_id
+            else:
+                text += decoder.decode(bytes((token_id,))) if token_id < 256 else ""
+            if finish is None and self.num_tokens == max_tokens:
+                finish = FinishReason.LENGTH
+            found = _first_stop(text, sampling)
+            if found is not None:
+                text, stop_reason, finish = *found, FinishReason.STOP
+            end = len(text) if finish else max(num_sent, len(text) - num_held_back)
+            piece, num_sent = text[num_sent:end], end
+            logprobs = (
+                (_logprobs(token_id, sampling.logprobs),) if sampling.logprobs is not None else None
+            )
+            yield TextDelta(self.index, piece, (token_id,), logprobs, finish, stop_reason)
+            if finish:
+                return
+
+    def _ids(self, reply: str, sampling: SamplingParams) -> Iterator[int]:
+        while True:
+            yield from reply.encode()
+            if not sampling.ignore_eos:
+                yield EOS
+
+
+def _first_stop(text: str, sampling: SamplingParams) -> tuple[str, str] | None:
+    """The text cut at the stop string that comes first, and that string."""
+    found = [(text.find(stop), stop) for stop in sampling.stop_strings if stop in text]
+    if not found:
+        return None
+    at, stop = min(found)
+    return text[: at + len(stop) * sampling.include_stop_str_in_output], stop
+
+
+def _logprobs(token_id: int, num_top: int) -> TokenLogprobs:
+    top = tuple(((token_id + i) % 256, -0.25 - i) for i in range(num_top))
+    return TokenLogprobs(-0.25, 1, top)
