@@ -1,0 +1,139 @@
+"""Chat templates: Jinja from the checkpoint, run in a sandbox as transformers runs it.
+
+Owns the environment that templates expect and the limits around them. Knows no tokens.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from octavo.errors import CheckpointError, RequestError
+
+MAX_SOURCE_CHARS = 2**20
+MAX_RENDERED_CHARS = 2**24
+
+
+class ChatTemplate:
+    """One compiled template. Safe to use from several threads."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]):
+        """Compile `source`; `special_tokens` are variables such as "bos_token".
+
+        Raises:
+            CheckpointError: the template is no valid Jinja, or absurdly long.
+        """
+        if len(source) > MAX_SOURCE_CHARS:
+            raise CheckpointError(f"the chat template has {len(source)} characters")
+        try:
+            self._template = _environment().from_string(source)
+        except (jinja2.TemplateError, RecursionError) as error:
+            raise CheckpointError(f"the chat template is no valid Jinja: {error}") from error
+        self._special_tokens = dict(special_tokens)
+
+    def render(
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool,
+        template_arguments: Mapping[str, Any],
+    ) -> str:
+        """The text of a conversation. Arguments are plain JSON-like data.
+
+        Raises:
+            RequestError: the template refuses these messages or fails on them.
+        """
+        # Templates ask whether `tools` and `documents` are none, so they must be defined.
+        variables = {"tools": None, "documents": None} | dict(template_arguments)
+        own = self._special_tokens | {
+            "messages": messages,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        for name in variables:
+            if name in own or name in self._template.environment.globals:
+                raise RequestError(
+                    f"{name} is set by the server and cannot be a template argument",
+                    param="chat_template_kwargs",
+                )
+        pieces = []
+        num_chars = 0
+        try:
+            for piece in self._template.generate(variables | own):
+                pieces.append(piece)
+                num_chars += len(piece)
+                if num_chars > MAX_RENDERED_CHARS:
+                    raise RequestError("the rendered conversation is too long", param="messages")
+        except RequestError:
+            raise
+        except (_Refusal, jinja2.UndefinedError) as error:
+            raise RequestError(
+                f"the model's chat template refuses the messages: {error}", param="messages"
+            ) from error
+        # A template is foreign code: whatever it does, only this request fails. Other errors'
+        # texts may quote data, so they are not shown.
+        except Exception as error:
+            raise RequestError(
+                f"the model's chat template fails on these messages ({type(error).__name__})",
+                param="messages",
+            ) from error
+        return "".join(pieces)
+
+
+class _Refusal(jinja2.TemplateError):
+    """What a template says when it calls `raise_exception`."""
+
+
+class _GenerationBlock(Extension):
+    """`{% generation %}...{% endgeneration %}` marks answers for training; here it is only text."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        lineno = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body, lineno=lineno)
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes for HTML, which would change what the model reads.
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise _Refusal(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)

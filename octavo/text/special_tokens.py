@@ -1,0 +1,127 @@
+"""Keeps users' text from turning into control tokens.
+
+A tokenizer takes "<|im_end|>" for the control token wherever it stands. Octavo lets only the chat
+template write control tokens. Two Unicode noncharacters, which no text may contain, do the work:
+
+    BREAK  put into users' strings, behind the first character of whatever begins like a special
+           token, before the template sees them; it travels with the text whatever the template
+           does (trim, join, slice), so that what the template itself wrote can be told apart.
+    MARK   the first character of every special token's name in a second tokenizer, for which the
+           original spellings are plain text.
+
+Text that spells no special token never meets the second tokenizer.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+
+import tokenizers
+
+from octavo.errors import IntegrityError, RequestError
+
+BREAK = "\ufdd0"
+MARK = "\ufdd1"
+MAX_DEPTH = 64  # of the data in messages
+NUM_TELLING_CHARS = 3  # of a special token's name; "<|i" is enough to be suspicious
+
+
+class SpecialTokens:
+    """Encodes text in which special tokens are spelled, each spelling taken for what it is."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        added = tokenizer.get_added_tokens_decoder()
+        self.ids = frozenset(i for i, token in added.items() if token.special)
+        names = sorted({added[i].content for i in self.ids}, key=len, reverse=True)
+        # The tokenizer ignores empty names; "(?!)" matches nothing.
+        spellings = "|".join(re.escape(name) for name in names if name) or "(?!)"
+        self._spelled = re.compile(f"(?:{spellings})(?!{BREAK})")
+        starts = {_start_pattern(name) for name in names if name}
+        self._start = re.compile("|".join(sorted(starts)) or "(?!)")
+        self._tokenizer = tokenizer
+        self._marked: tokenizers.Tokenizer | None = None
+
+    def encode_plain(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Encode a text in which no special token is meant."""
+        tokenizer = self._tokenizer
+        if self._spelled.search(text):
+            tokenizer, text = self._marked_tokenizer(), _without_noncharacters(text)
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_rendered(self, rendered: str) -> list[int]:
+        """Encode what a chat template wrote about messages that went through `shield`."""
+        tokenizer = self._tokenizer
+        text = rendered.replace(BREAK, "")
+        marked = self._mark(rendered).replace(BREAK, "")
+        if marked != self._mark(text):
+            tokenizer, text = self._marked_tokenizer(), marked
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def shield(self, value: object, depth: int = 0) -> object:
+        """A copy of JSON-like data, fit for a template, with a BREAK in all suspicious text.
+
+        Raises:
+            RequestError: the data is nested too deeply or is not JSON-like.
+        """
+        if isinstance(value, str):
+            return self._start.sub(rf"\g<0>{BREAK}", _without_noncharacters(value))
+        # The exact types: a subclass might bring methods that a template could call.
+        if value is None or type(value) in (bool, int, float):
+            return value
+        if depth == MAX_DEPTH:
+            raise RequestError("the messages are nested too deeply", param="messages")
+        if isinstance(value, Mapping):
+            return {
+                self.shield(key, depth + 1): self.shield(item, depth + 1)
+                for key, item in value.items()
+            }
+        if isinstance(value, list | tuple):
+            return [self.shield(item, depth + 1) for item in value]
+        raise RequestError("messages may hold only what JSON can express", param="messages")
+
+    def _mark(self, text: str) -> str:
+        return self._spelled.sub(rf"{MARK}\g<0>", text)
+
+    def _marked_tokenizer(self) -> tokenizers.Tokenizer:
+        # Built when it is first needed, in about twice the time of loading a tokenizer. Two
+        # threads may both build one; they build the same.
+        if self._marked is None:
+            self._marked = _with_marked_names(self._tokenizer)
+        return self._marked
+
+
+def _start_pattern(name: str) -> str:
+    """A pattern for the first character of text that begins like `name`.
+
+    At the end of a text less of the name is enough, since the template may put more behind it.
+    """
+    head, rest = re.escape(name[0]), name[1:NUM_TELLING_CHARS]
+    if not rest:
+        return head
+    shorter = f"{re.escape(rest[:-1])}?" if len(rest) > 1 else ""
+    return rf"{head}(?={re.escape(rest)}|{shorter}\s*\Z)"
+
+
+def _without_noncharacters(text: str) -> str:
+    return text.replace(BREAK, "\ufffd").replace(MARK, "\ufffd")
+
+
+def _with_marked_names(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """The same tokenizer, where special tokens are called MARK + name."""
+    spec = json.loads(tokenizer.to_str())
+    vocabulary = spec["model"]["vocab"]
+    renamed = {}
+    for token in spec["added_tokens"]:
+        if token["special"]:
+            name = token["content"]
+            renamed[name] = token["content"] = MARK + name
+            if name in vocabulary:
+                vocabulary[MARK + name] = vocabulary.pop(name)
+    unknown = spec["model"].get("unk_token")
+    spec["model"]["unk_token"] = renamed.get(unknown, unknown)
+    marked = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    if any(tokenizer.token_to_id(name) != marked.token_to_id(renamed[name]) for name in renamed):
+        raise IntegrityError("renaming the special tokens changed their ids")
+    return marked
