@@ -1,8 +1,8 @@
 """The life of one request inside the engine. Knows no text, no tensors and no memory.
 
-    WAITING ──▶ RUNNING ──▶ FINISHED
-       ▲           │
-       └─ preempted┘
+WAITING ──▶ RUNNING ──▶ FINISHED
+   ▲           │
+   └─ preempted┘
 """
 
 import enum
@@ -79,4 +79,3 @@ class Sequence:
         if len(self.token_ids) >= self.max_num_tokens:
             return FinishReason.LENGTH
         return None
-

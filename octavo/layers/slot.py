@@ -16,4 +16,4 @@ class Slot:
     """
 
     shape: tuple[int, ...]
-    load: Callable[[Tensor], None]
+    load: Callable[[Tensor], object]

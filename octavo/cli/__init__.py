@@ -1,0 +1,50 @@
+"""The command `octavo`: reads flags, calls the library, prints. Nothing here computes."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from octavo import __version__
+from octavo.cli import chat, explain, generate, serve
+from octavo.config import ALIASES, DEFAULT_MODEL
+from octavo.errors import OctavoError
+
+COMMANDS = {
+    "serve": serve,
+    "chat": chat,
+    "generate": generate,
+    "explain": explain,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="octavo", description="LLM inference and serving that you can read."
+    )
+    parser.add_argument("--version", action="version", version=f"octavo {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, module in COMMANDS.items():
+        command = commands.add_parser(name, help=module.HELP, description=module.HELP)
+        command.add_argument(
+            "model",
+            nargs="?",
+            default=DEFAULT_MODEL,
+            metavar="MODEL",
+            help="an alias, a Hugging Face directory, a .gguf file or a hub id "
+            f"(default: {DEFAULT_MODEL}; aliases: {', '.join(ALIASES)})",
+        )
+        module.add_flags(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status. Errors of ours are one line, without a traceback."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return COMMANDS[arguments.command].run(arguments)
+    except OctavoError as error:
+        print(f"octavo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130

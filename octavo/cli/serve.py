@@ -1,0 +1,91 @@
+"""`octavo serve`: the OpenAI-compatible server, with the engine in a process of its own."""
+
+import argparse
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from octavo.cli.flags import add_dataclass, add_engine_flags, collect, engine_options
+from octavo.config import locate
+from octavo.engine import AsyncEngine, EngineProcess
+from octavo.errors import ConfigError
+from octavo.server.config import ServerConfig
+from octavo.text import load_tokenizer
+
+HELP = "serve a model over HTTP with the OpenAI API"
+
+CURL = """\
+curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
+  -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    add_dataclass(parser, ServerConfig, "server")
+    add_engine_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    options = engine_options(arguments)
+    config = ServerConfig(**collect(arguments, ServerConfig))
+    checkpoint = locate(options.model)
+    listener = listen(config)
+    url = f"http://{config.host}:{listener.getsockname()[1]}"
+    print(f"Octavo serves {checkpoint.name}", flush=True)
+    process = EngineProcess(options)  # loads the model while this process imports the server
+    try:
+        from octavo.server import create_app, serve
+
+        engine = AsyncEngine(
+            process,
+            load_tokenizer(checkpoint),
+            model_name=checkpoint.name,
+            max_num_queued_reqs=options.scheduler.max_num_queued_reqs,
+        )
+
+        @asynccontextmanager
+        async def lifespan() -> AsyncIterator[None]:
+            await engine.start(print_phase)
+            print(f"  {'ready after':<28}{seconds_since_start():6.2f} s")
+            print(f"\nListening on {url}\nTry it:\n  {CURL.format(url=url)}\n", flush=True)
+            yield
+            await engine.stop()
+
+        serve(create_app(engine, config, lifespan=lifespan), config, sockets=[listener])
+    finally:
+        process.stop()
+    return 0
+
+
+def listen(config: ServerConfig) -> socket.socket:
+    """The listening socket, bound before the model loads, so that a taken port is known at once."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror}; choose another "
+            "with --port"
+        ) from error
+    return listener
+
+
+def print_phase(phase: str, seconds: float) -> None:
+    """One line for a phase of the start-up."""
+    print(f"  {phase:<28}{seconds:6.2f} s", flush=True)
+
+
+def seconds_since_start() -> float:
+    """Seconds since this process began, imports included."""
+    start_ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
+    since_boot = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return since_boot - start_ticks / os.sysconf("SC_CLK_TCK")

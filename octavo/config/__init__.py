@@ -1,0 +1,40 @@
+"""What is configured, and where each value came from. No torch, no HTTP."""
+
+from octavo.config.checkpoint import ALIASES, Checkpoint, locate
+from octavo.config.model import ModelConfig, RopeScaling
+from octavo.config.options import (
+    DEFAULT_MODEL,
+    GROUPS,
+    CacheOptions,
+    DeviceOptions,
+    EngineOptions,
+    ModelOptions,
+    SchedulerOptions,
+)
+from octavo.config.resolve import (
+    DeviceFacts,
+    ResolvedConfig,
+    Setting,
+    resolve,
+    with_kv_cache_bytes,
+)
+
+__all__ = [
+    "ALIASES",
+    "DEFAULT_MODEL",
+    "GROUPS",
+    "CacheOptions",
+    "Checkpoint",
+    "DeviceFacts",
+    "DeviceOptions",
+    "EngineOptions",
+    "ModelConfig",
+    "ModelOptions",
+    "ResolvedConfig",
+    "RopeScaling",
+    "SchedulerOptions",
+    "Setting",
+    "locate",
+    "resolve",
+    "with_kv_cache_bytes",
+]

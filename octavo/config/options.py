@@ -1,0 +1,143 @@
+"""What a user may set about an engine: small frozen dataclasses, one for each concern.
+
+Flags, `LLM(...)` keywords and the reference page all come from these fields. None means "decide for
+me"; `resolve` decides and remembers why. Knows neither files nor devices.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from octavo.errors import ConfigError
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with the sentence that `--help` and the reference page show."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """How the model is read."""
+
+    dtype: str = option(
+        "auto",
+        "number format of weights and activations; auto takes the checkpoint's, or bfloat16 for GGUF",
+        ("auto", "bfloat16", "float16", "float32"),
+    )
+    load_format: str = option(
+        "auto", "auto reads the checkpoint; dummy draws random weights", ("auto", "dummy")
+    )
+    max_model_len: int | None = option(
+        None, "longest prompt and output together, in tokens; default: what the checkpoint allows"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceOptions:
+    """Where the model runs."""
+
+    device: str = option("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
+    num_threads: int | None = option(
+        None, "CPU threads of the model; default: one for each core that the process may use"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """How much KV memory there is and how it is cut."""
+
+    block_size: int = option(16, "tokens in a KV block")
+    kv_cache_memory_bytes: int | None = option(
+        None, "bytes for the KV cache; default: 1 GiB on a CPU, what is left on a GPU"
+    )
+    gpu_memory_utilization: float = option(
+        0.9, "share of the GPU's memory that weights, activations and KV cache may fill together"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerOptions:
+    """What one step may hold."""
+
+    max_num_seqs: int | None = option(
+        None, "sequences that run at once; default: 128, on a GPU 256"
+    )
+    max_num_batched_tokens: int | None = option(
+        None, "tokens that one step computes; default: 1024, on a GPU 8192"
+    )
+    max_num_queued_reqs: int = option(
+        1024, "requests that may wait; further ones are refused with Retry-After"
+    )
+
+
+GROUPS: dict[str, type] = {
+    "loading": ModelOptions,
+    "device": DeviceOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """All that an engine is started with."""
+
+    model: str
+    loading: ModelOptions = field(default_factory=ModelOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+
+    @classmethod
+    def from_flat(cls, model: str, values: Mapping[str, Any]) -> "EngineOptions":
+        """Options from plain names, as keywords and flags give them.
+
+        Raises:
+            ConfigError: a name is unknown or a value is out of range.
+        """
+        owners = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
+        grouped: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+        for name, value in values.items():
+            if name not in owners:
+                raise ConfigError(_unknown(name, list(owners)))
+            grouped[owners[name]][name] = value
+        options = cls(model=model, **{g: kind(**grouped[g]) for g, kind in GROUPS.items()})
+        _check(options)
+        return options
+
+    def changed(self) -> frozenset[str]:
+        """Names of the options that differ from their defaults."""
+        return frozenset(
+            f.name
+            for group in GROUPS
+            for f in dataclasses.fields(getattr(self, group))
+            if getattr(getattr(self, group), f.name) != f.default
+        )
+
+
+def _unknown(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; there are: {', '.join(sorted(known))}"
+    return f"unknown option {name!r}{hint}"
+
+
+def _check(options: EngineOptions) -> None:
+    for group in GROUPS:
+        values = getattr(options, group)
+        for f in dataclasses.fields(values):
+            value, choices = getattr(values, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
+            if f.type in (int, int | None) and value is not None:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ConfigError(f"{f.name} must be a positive integer, got {value!r}")
+    if not 0.0 < options.cache.gpu_memory_utilization <= 1.0:
+        raise ConfigError(
+            "gpu_memory_utilization must be greater than 0 and at most 1, "
+            f"got {options.cache.gpu_memory_utilization!r}"
+        )

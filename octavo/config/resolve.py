@@ -1,0 +1,209 @@
+"""From what the user set, the checkpoint says and the device is, to one value for everything.
+
+Each value remembers where it came from, so that `octavo explain` can say it. Nothing is written to
+after this. Knows no torch: facts about the device are an argument.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from octavo.config.model import ModelConfig
+from octavo.config.options import EngineOptions
+from octavo.errors import ConfigError
+
+Source = Literal["user", "default", "checkpoint", "device", "rule"]
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+CPU_KV_CACHE_BYTES = 2**30
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What a device offers, measured by whoever can see it."""
+
+    kind: str  # "cpu" or "cuda"
+    name: str
+    num_threads: int
+    free_memory_bytes: int
+    total_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One resolved value and where it came from."""
+
+    name: str
+    value: Any
+    source: Source
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """Everything decided. `kv_cache_bytes` is None where it must be measured after loading."""
+
+    model: ModelConfig
+    device: str
+    dtype: str
+    num_threads: int
+    load_format: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    block_size: int
+    kv_cache_bytes: int | None
+    gpu_memory_utilization: float
+    settings: tuple[Setting, ...]
+
+    @property
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        values = 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim
+        return values * DTYPE_BYTES[self.dtype] * self.block_size
+
+
+class _Ledger:
+    """Collects values with their sources while they are decided."""
+
+    def __init__(self, options: EngineOptions):
+        self.settings: list[Setting] = []
+        self._changed = options.changed()
+
+    def note(self, name: str, value: Any, source: Source, why: str) -> Any:
+        self.settings.append(Setting(name, value, source, why))
+        return value
+
+    def as_given(self, name: str, value: Any, why: str) -> Any:
+        """A value that nothing overrides: the user's, or the default."""
+        source: Source = "user" if name in self._changed else "default"
+        return self.note(name, value, source, "" if source == "user" else why)
+
+    def choose(self, name: str, given: Any, source: Source, value: Any, why: str) -> Any:
+        """The user's value where there is one, else `value`."""
+        if given is not None and given != "auto":
+            return self.note(name, given, "user", "")
+        return self.note(name, value, source, why)
+
+
+def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> ResolvedConfig:
+    """Decide every open question.
+
+    Raises:
+        ConfigError: what the user asked for cannot be had with this model on this device.
+    """
+    ledger = _Ledger(options)
+    on_gpu = facts.kind == "cuda"
+    ledger.choose("device", options.device.device, "device", facts.kind, facts.name)
+    dtype = ledger.choose("dtype", options.loading.dtype, "checkpoint", model.dtype, "")
+    num_threads = ledger.choose(
+        "num_threads", options.device.num_threads, "device", facts.num_threads, "usable cores"
+    )
+    load_format = ledger.as_given("load_format", options.loading.load_format, "read the checkpoint")
+    block_size = ledger.as_given("block_size", options.cache.block_size, "one folded sheet")
+    max_num_seqs = ledger.choose(
+        "max_num_seqs", options.scheduler.max_num_seqs, "rule", 256 if on_gpu else 128, ""
+    )
+    max_num_batched_tokens = ledger.choose(
+        "max_num_batched_tokens",
+        options.scheduler.max_num_batched_tokens,
+        "rule",
+        8192 if on_gpu else 1024,
+        "bounds the time between two tokens while a prompt is computed",
+    )
+    utilization = ledger.as_given(
+        "gpu_memory_utilization", options.cache.gpu_memory_utilization, "used on a GPU only"
+    )
+    ledger.as_given(
+        "max_num_queued_reqs", options.scheduler.max_num_queued_reqs, "bounds the waiting queue"
+    )
+    kv_cache_bytes = _kv_cache_bytes(options, facts, ledger)
+    config = ResolvedConfig(
+        model=model,
+        device=facts.kind,
+        dtype=dtype,
+        num_threads=num_threads,
+        load_format=load_format,
+        max_model_len=0,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        kv_cache_bytes=kv_cache_bytes,
+        gpu_memory_utilization=utilization,
+        settings=(),
+    )
+    return _with_max_model_len(config, options, ledger)
+
+
+def _kv_cache_bytes(options: EngineOptions, facts: DeviceFacts, ledger: _Ledger) -> int | None:
+    given = options.cache.kv_cache_memory_bytes
+    if facts.kind == "cuda":
+        value: int | None = ledger.choose(
+            "kv_cache_memory_bytes", given, "device", None, "measured after the weights are loaded"
+        )
+        return value
+    default = min(CPU_KV_CACHE_BYTES, facts.free_memory_bytes // 4)
+    why = f"1 GiB, at most a quarter of the {facts.free_memory_bytes // MIB} MiB that are free"
+    value = ledger.choose("kv_cache_memory_bytes", given, "rule", default, why)
+    if given is not None and given > facts.free_memory_bytes:
+        raise ConfigError(
+            f"kv_cache_memory_bytes is {given // MIB} MiB, but only "
+            f"{facts.free_memory_bytes // MIB} MiB of memory are free; ask for less"
+        )
+    return value
+
+
+def _with_max_model_len(
+    config: ResolvedConfig, options: EngineOptions, ledger: _Ledger
+) -> ResolvedConfig:
+    """The context: the user's, the checkpoint's, or what the KV pool can hold."""
+    given, limit = options.loading.max_model_len, config.model.max_position_embeddings
+    if given is not None and given > limit:
+        raise ConfigError(
+            f"max_model_len is {given}, but the checkpoint was made for at most {limit} positions"
+        )
+    source: Source = "checkpoint" if given is None else "user"
+    max_model_len, why = given or limit, ""
+    if config.kv_cache_bytes is not None:
+        max_model_len, source, why = fit_max_model_len(config, max_model_len, source)
+    ledger.note("max_model_len", max_model_len, source, why)
+    return dataclasses.replace(config, max_model_len=max_model_len, settings=tuple(ledger.settings))
+
+
+def with_kv_cache_bytes(config: ResolvedConfig, kv_cache_bytes: int) -> ResolvedConfig:
+    """`config` with the KV memory that was measured, and a context that fits it."""
+    measured = dataclasses.replace(config, kv_cache_bytes=kv_cache_bytes)
+    before = {setting.name: setting for setting in config.settings}
+    context = before["max_model_len"]
+    max_model_len, source, why = fit_max_model_len(measured, context.value, context.source)
+    changed = {
+        "kv_cache_memory_bytes": Setting(
+            "kv_cache_memory_bytes", kv_cache_bytes, "device", "measured after loading"
+        ),
+        "max_model_len": Setting("max_model_len", max_model_len, source, why or context.why),
+    }
+    return dataclasses.replace(
+        measured, max_model_len=max_model_len, settings=tuple((before | changed).values())
+    )
+
+
+def fit_max_model_len(
+    config: ResolvedConfig, wanted: int, source: Source
+) -> tuple[int, Source, str]:
+    """The context that the KV pool can hold, given the one wanted, with its source and reason.
+
+    Raises:
+        ConfigError: the user asked for more than fits, or hardly anything fits.
+    """
+    kv_cache_bytes = config.kv_cache_bytes or 0
+    num_slots = kv_cache_bytes // config.kv_block_bytes * config.block_size
+    if num_slots >= wanted:
+        return wanted, source, ""
+    have = f"{kv_cache_bytes // MIB} MiB of KV cache hold {num_slots} tokens"
+    if source == "user" or num_slots < 2 * config.block_size:
+        raise ConfigError(
+            f"a context of {wanted} tokens is wanted, but {have}; raise kv_cache_memory_bytes or "
+            "lower max_model_len"
+        )
+    return num_slots, "rule", f"{have}, less than the checkpoint's {wanted}"

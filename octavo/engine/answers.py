@@ -1,0 +1,111 @@
+"""From engine events (token ids) to answers (text). Runs in the caller's process, on a CPU.
+
+Knows detokenization and stop strings; nothing of scheduling, sockets or HTTP.
+"""
+
+import hashlib
+import secrets
+from collections.abc import Iterator
+
+from octavo.core import (
+    FinishReason,
+    Request,
+    RequestEvent,
+    SamplingParams,
+    check_prompt,
+    check_sampling_ids,
+    resolve_max_tokens,
+)
+from octavo.engine.interface import TextDelta
+from octavo.text import IncrementalDetokenizer, StopStrings, Tokenizer
+
+
+def fan_out(
+    request_id: str,
+    prompt_token_ids: list[int],
+    sampling: SamplingParams,
+    eos_token_ids: tuple[int, ...],
+) -> Iterator[Request]:
+    """The `n` engine requests behind one user request; each has a seed of its own.
+
+    Answer 0 uses the user's seed, so that `n` does not change it.
+    """
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    for index in range(sampling.n):
+        yield Request(
+            request_id=f"{request_id}#{index}",
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            seed=seed if index == 0 else _derived_seed(seed, index),
+            eos_token_ids=eos_token_ids,
+        )
+
+
+def _derived_seed(seed: int, index: int) -> int:
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def check_request(
+    prompt_token_ids: list[int], sampling: SamplingParams, *, vocab_size: int, max_model_len: int
+) -> None:
+    """Refuse what could never run, before anything is queued; raises `RequestError`."""
+    check_prompt(prompt_token_ids, vocab_size=vocab_size)
+    check_sampling_ids(sampling, vocab_size=vocab_size)
+    resolve_max_tokens(len(prompt_token_ids), sampling.max_tokens, max_model_len)
+
+
+class Answer:
+    """One answer while it grows. Sole writer: whoever feeds it the request's events."""
+
+    def __init__(self, index: int, request: Request, tokenizer: Tokenizer):
+        sampling = request.sampling
+        self.index = index
+        self.finish_reason: FinishReason | None = None
+        self._eos_token_ids = request.eos_token_ids
+        self._keeps_stop = sampling.include_stop_str_in_output
+        self._stops = StopStrings(sampling.stop_strings, include=self._keeps_stop)
+        self._detokenizer = (
+            IncrementalDetokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
+            if sampling.detokenize
+            else None
+        )
+
+    def update(self, event: RequestEvent) -> TextDelta:
+        """Take the next event; return what it adds.
+
+        A stop string ends the answer here, before the engine knows of it: the caller then aborts
+        the request, and passes on no more events.
+        """
+        finish_reason = event.finish_reason
+        stop_reason: str | int | None = None
+        visible = event.token_ids
+        if finish_reason is FinishReason.STOP:
+            last = event.token_ids[-1]
+            stop_reason = None if last in self._eos_token_ids else last
+            visible = event.token_ids if self._keeps_stop else event.token_ids[:-1]
+        text, stop_string = self._text_of(visible, final=finish_reason is not None)
+        if stop_string is not None:
+            finish_reason, stop_reason = FinishReason.STOP, stop_string
+        self.finish_reason = finish_reason
+        return TextDelta(
+            self.index,
+            text,
+            event.token_ids,
+            event.logprobs,
+            finish_reason,
+            stop_reason,
+            event.error,
+        )
+
+    def _text_of(self, token_ids: tuple[int, ...], *, final: bool) -> tuple[str, str | None]:
+        """New text that is safe to show, and the stop string that it ran into."""
+        if self._detokenizer is None:
+            return "", None
+        text = self._detokenizer.push(token_ids)
+        if final:
+            text += self._detokenizer.flush()
+        shown, matched = self._stops.feed(text)
+        if final and matched is None:
+            shown += self._stops.flush()
+        return shown, matched

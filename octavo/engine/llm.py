@@ -1,0 +1,239 @@
+"""`LLM`: the engine in the caller's process, for offline work. Knows no sockets and no HTTP."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from octavo.config import EngineOptions
+from octavo.core import EngineStats, FinishReason, SamplingParams
+from octavo.engine.answers import Answer, check_request, fan_out
+from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
+from octavo.engine.interface import TextDelta
+from octavo.engine.outputs import CompletionOutput, RequestOutput
+from octavo.errors import OctavoError, RequestError
+from octavo.text import Tokenizer, load_tokenizer
+
+Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt_token_ids": [...]}
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """A model, ready to answer.
+
+    >>> llm = LLM("smollm2-135m-instruct")
+    >>> llm.generate("The capital of France is", SamplingParams(temperature=0))[0].outputs[0].text
+
+    `model` is an alias, a local Hugging Face directory, a .gguf file or a hub id. Further keywords
+    are the fields of `octavo.config`'s option classes, which `octavo serve --help` explains.
+
+    Raises:
+        ModelError, ConfigError: the model cannot be loaded, or not with these options.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        on_phase: PhaseListener = lambda phase, seconds: None,
+        check_integrity: bool = False,
+        **options: Any,
+    ):
+        self._engine: BuiltEngine = build_engine(
+            EngineOptions.from_flat(model, options),
+            on_phase=on_phase,
+            check_integrity=check_integrity,
+        )
+        self._tokenizer = load_tokenizer(self._engine.checkpoint)
+        self._ids = itertools.count()
+
+    @property
+    def engine(self) -> BuiltEngine:
+        """The engine core, its resolved configuration and the kernels that layers got."""
+        return self._engine
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    def stats(self) -> EngineStats:
+        """The engine's gauges and counters."""
+        return self._engine.core.stats()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Complete prompts; all run together. Outputs come in the order of the prompts.
+
+        Raises:
+            RequestError: a prompt or its options are wrong; nothing has run then.
+        """
+        return self._run([self._encode(p) for p in _as_list(prompts)], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several, through the model's chat template."""
+        first = messages[0] if messages else {}
+        conversations = [messages] if isinstance(first, Mapping) else messages
+        prompts: list[tuple[str | None, list[int]]] = [
+            (None, self._tokenizer.encode_chat(conversation)) for conversation in conversations
+        ]
+        return self._run(prompts, sampling_params, use_tqdm)
+
+    def stream(
+        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+    ) -> Iterator[TextDelta]:
+        """Complete one prompt piece by piece. Closing the iterator ends the request."""
+        _, token_ids = self._encode(prompt)
+        batch = _Batch(self._engine, self._tokenizer)
+        try:
+            batch.add(str(next(self._ids)), token_ids, sampling_params or SamplingParams())
+            while batch.open:
+                for _, delta in batch.step():
+                    yield delta
+        finally:
+            batch.abort()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                return None, list(prompt["prompt_token_ids"])
+            if "prompt" not in prompt:
+                raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'", param="prompt")
+            prompt = str(prompt["prompt"])
+        if isinstance(prompt, str):
+            return prompt, self._tokenizer.encode(prompt)
+        return None, list(prompt)
+
+    def _run(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        sampling = _one_each(sampling_params, len(prompts))
+        batch = _Batch(self._engine, self._tokenizer)
+        outputs: dict[str, RequestOutput] = {}
+        for (_, token_ids), params in zip(prompts, sampling, strict=True):
+            batch.check(token_ids, params)
+        for (text, token_ids), params in zip(prompts, sampling, strict=True):
+            request_id = str(next(self._ids))
+            outputs[request_id] = _empty_output(request_id, text, token_ids, params)
+            batch.add(request_id, token_ids, params)
+        with tqdm(total=len(prompts), unit="prompt", disable=not use_tqdm) as progress:
+            try:
+                while batch.open:
+                    for request_id, delta in batch.step():
+                        progress.update(_extend(outputs[request_id], delta))
+            finally:
+                batch.abort()
+        return list(outputs.values())
+
+
+class _Batch:
+    """Requests on their way through an in-process engine."""
+
+    def __init__(self, engine: BuiltEngine, tokenizer: Tokenizer):
+        if engine.core.has_work:
+            raise OctavoError(
+                "this LLM is still streaming another answer: finish or close that one"
+            )
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self.open: dict[str, tuple[str, Answer]] = {}  # engine request id -> user's id, answer
+
+    def check(self, token_ids: list[int], sampling: SamplingParams) -> None:
+        config = self._engine.config
+        check_request(
+            token_ids,
+            sampling,
+            vocab_size=config.model.vocab_size,
+            max_model_len=config.max_model_len,
+        )
+
+    def add(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> None:
+        self.check(token_ids, sampling)
+        eos_token_ids = self._engine.config.model.eos_token_ids
+        for index, request in enumerate(fan_out(request_id, token_ids, sampling, eos_token_ids)):
+            self._engine.core.add(request)
+            answer = Answer(index, request, self._tokenizer)
+            self.open[request.request_id] = request_id, answer
+
+    def step(self) -> list[tuple[str, TextDelta]]:
+        """Run one step of the engine; return (the user's request id, what is new) for each."""
+        deltas, stopped = [], []
+        for event in self._engine.core.step():
+            request_id, answer = self.open[event.request_id]
+            delta = answer.update(event)
+            if delta.finish_reason is not None:
+                del self.open[event.request_id]
+                if event.finish_reason is None:  # a stop string: the engine does not know yet
+                    stopped.append(event.request_id)
+            deltas.append((request_id, delta))
+        self._engine.core.abort(stopped)
+        for request_id, delta in deltas:
+            if delta.finish_reason is FinishReason.ERROR:
+                raise OctavoError(f"request {request_id} failed: {delta.error}")
+        return deltas
+
+    def abort(self) -> None:
+        """End whatever is still running."""
+        self._engine.core.abort(list(self.open))
+        self.open.clear()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or many: a list of integers is one prompt."""
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _one_each(
+    sampling: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams]:
+    if sampling is None:
+        sampling = SamplingParams()
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * count
+    if len(sampling) != count:
+        raise RequestError(
+            f"{count} prompts but {len(sampling)} sampling parameters", param="sampling_params"
+        )
+    return list(sampling)
+
+
+def _empty_output(
+    request_id: str, prompt: str | None, token_ids: list[int], sampling: SamplingParams
+) -> RequestOutput:
+    answers = [
+        CompletionOutput(index, logprobs=None if sampling.logprobs is None else [])
+        for index in range(sampling.n)
+    ]
+    return RequestOutput(request_id, prompt, token_ids, answers)
+
+
+def _extend(output: RequestOutput, delta: TextDelta) -> int:
+    """Add a delta to its answer; return 1 where that finished the whole request, else 0."""
+    answer = output.outputs[delta.index]
+    answer.text += delta.text
+    answer.token_ids += delta.token_ids
+    if answer.logprobs is not None and delta.logprobs is not None:
+        answer.logprobs += delta.logprobs
+    if delta.finish_reason is None:
+        return 0
+    answer.finish_reason, answer.stop_reason = delta.finish_reason.value, delta.stop_reason
+    output.finished = all(a.finish_reason is not None for a in output.outputs)
+    return int(output.finished)

@@ -1,0 +1,57 @@
+"""What passes between the front-end process and the engine process: typed, msgpack, never pickle."""
+
+import msgspec
+
+from octavo.core import EngineStats, Request, RequestEvent
+
+
+class AddRequests(msgspec.Struct, frozen=True, tag=True):
+    """Queue these requests."""
+
+    requests: list[Request]
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag=True):
+    """End these requests now."""
+
+    request_ids: list[str]
+
+
+class PhaseDone(msgspec.Struct, frozen=True, tag=True):
+    """A phase of the start-up is over."""
+
+    phase: str
+    seconds: float
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The engine takes requests. What the front end needs to check them."""
+
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_num_seqs: int
+    stats: EngineStats
+    settings: list[tuple[str, str, str, str]]  # name, value, source, why
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """What a step brought."""
+
+    events: list[RequestEvent]
+    stats: EngineStats
+
+
+class Fatal(msgspec.Struct, frozen=True, tag=True):
+    """The engine's last words; `kind` is the name of the exception."""
+
+    kind: str
+    message: str
+
+
+ToEngine = AddRequests | AbortRequests
+FromEngine = PhaseDone | Ready | News | Fatal
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode

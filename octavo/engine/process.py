@@ -1,0 +1,113 @@
+"""The engine in a process of its own: `python -m octavo.engine.process SOCKET`.
+
+Options come as one line of JSON on standard input, which stays open: when it closes, the front end
+is gone and so is this process. Knows no HTTP and no text.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+import msgspec
+import zmq
+
+from octavo.config import EngineOptions
+from octavo.core import FinishReason, RequestEvent
+from octavo.engine.core import EngineCore
+from octavo.engine.messages import (
+    AbortRequests,
+    AddRequests,
+    Fatal,
+    News,
+    PhaseDone,
+    Ready,
+    decode_to_engine,
+    encode,
+)
+from octavo.errors import RequestError
+
+logger = logging.getLogger("octavo.engine")
+
+
+def main() -> None:
+    """Entry point: build the engine, serve until the front end goes away."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+    options = msgspec.json.decode(sys.stdin.readline(), type=EngineOptions)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.connect(sys.argv[1])
+        try:
+            _run(options, socket)
+        except Exception as error:
+            logger.exception("the engine stops")
+            socket.send(encode(Fatal(type(error).__name__, str(error))))
+            sys.exit(1)
+
+
+def _exit_with_parent() -> None:
+    with contextlib.suppress(OSError):
+        while sys.stdin.readline():
+            pass
+    os._exit(0)
+
+
+def _run(options: EngineOptions, socket: "zmq.Socket[bytes]") -> None:
+    start = time.perf_counter()
+    from octavo.engine.build import build_engine  # imports torch, the slowest phase of all
+
+    def tell(phase: str, seconds: float) -> None:
+        socket.send(encode(PhaseDone(phase, seconds)))
+
+    tell("import torch", time.perf_counter() - start)
+    engine = build_engine(options, on_phase=tell)
+    core, config = engine.core, engine.config
+    socket.send(
+        encode(
+            Ready(
+                max_model_len=config.max_model_len,
+                vocab_size=config.model.vocab_size,
+                eos_token_ids=config.model.eos_token_ids,
+                max_num_seqs=config.max_num_seqs,
+                stats=core.stats(),
+                settings=[(s.name, str(s.value), s.source, s.why) for s in config.settings],
+            )
+        )
+    )
+    while True:
+        events = _receive(core, socket)
+        if core.has_work:
+            events += core.step()
+        socket.send(encode(News(events, core.stats())))
+
+
+def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> list[RequestEvent]:
+    """Take all messages that are there; wait for one where there is nothing to compute."""
+    events: list[RequestEvent] = []
+    wait_ms = 0 if core.has_work else None
+    while socket.poll(wait_ms):
+        wait_ms = 0
+        match decode_to_engine(socket.recv()):
+            case AddRequests(requests):
+                for request in requests:
+                    try:
+                        core.add(request)
+                    except RequestError as error:
+                        events.append(
+                            RequestEvent(
+                                request.request_id,
+                                finish_reason=FinishReason.ERROR,
+                                error=str(error),
+                            )
+                        )
+            case AbortRequests(request_ids):
+                events += core.abort(request_ids)
+    return events
+
+
+if __name__ == "__main__":
+    main()

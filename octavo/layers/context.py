@@ -1,0 +1,18 @@
+"""What all layers of one forward pass share: where the tokens stand and where their KV goes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from octavo.kernels import AttentionBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepContext:
+    """The geometry of one step of T tokens. Passed explicitly: there is no global."""
+
+    positions: Tensor  # [T] int64: each token's position in its sequence
+    slots: Tensor  # [T] int64: block id * block size + offset, where its key and value go
+    attention: AttentionBatch
+    kv_caches: Sequence[Tensor]  # one a layer: [2, num_blocks, Hkv, block_size, D]

@@ -1,0 +1,100 @@
+"""Matrix products that carry sharding and weight formats, so that models need not.
+
+Knows neither requests nor what its parts mean to a model.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import Choice
+from octavo.layers.build import Build, Layer
+from octavo.layers.slot import Slot
+
+
+class Linear(Layer):
+    """y = x Wᵀ + b, where W stacks one or several named parts (q, k and v, say) along its rows.
+
+    `split` says what a tensor-parallel rank holds: "rows" of each part (its outputs are this
+    rank's), "columns" (its outputs are partial sums, added up over the group), or None (all).
+    """
+
+    def __init__(
+        self,
+        parts: Mapping[str, int],
+        in_features: int,
+        build: Build,
+        *,
+        bias: bool = False,
+        split: str | None = None,
+    ):
+        super().__init__()
+        self._parts = dict(parts)
+        self._full_in_features = in_features
+        self._split = split
+        self._group = build.group
+        self._columns = slice(0, in_features)
+        if split == "columns":
+            self._columns = build.group.share(in_features, "input features")
+        self._shares = {name: self._share(name, rows) for name, rows in parts.items()}
+        self.out_features = sum(share.stop - share.start for share in self._shares.values())
+        self.weight = build.weights.create(
+            self.out_features,
+            self._columns.stop - self._columns.start,
+            dtype=build.dtype,
+            device=build.device,
+        )
+        self.bias = (
+            torch.empty(self.out_features, dtype=build.dtype, device=build.device) if bias else None
+        )
+
+    def _share(self, name: str, rows: int) -> slice:
+        return (
+            self._group.share(rows, f"rows of {name}") if self._split == "rows" else slice(0, rows)
+        )
+
+    def _place_of(self, part: str) -> slice:
+        """The rows of this rank's stacked weight that belong to a part."""
+        start = 0
+        for name, share in self._shares.items():
+            size = share.stop - share.start
+            if name == part:
+                return slice(start, start + size)
+            start += size
+        raise KeyError(part)
+
+    def slots(self, names: Mapping[str, str]) -> dict[str, Slot]:
+        """The table of checkpoint tensors, given the checkpoint's name of each part."""
+        table = {}
+        for part, name in names.items():
+            rows = self._parts[part]
+            table[f"{name}.weight"] = Slot(
+                (rows, self._full_in_features), self._weight_loader(part)
+            )
+            if self.bias is not None:
+                table[f"{name}.bias"] = Slot((rows,), self._bias_loader(self.bias, part))
+        return table
+
+    def _weight_loader(self, part: str) -> Callable[[Tensor], None]:
+        share, place = self._shares[part], self._place_of(part)
+        return lambda tensor: self.weight.place(place, tensor[share, self._columns])
+
+    def _bias_loader(self, bias: Tensor, part: str) -> Callable[[Tensor], None]:
+        share, place = self._shares[part], self._place_of(part)
+
+        def load(tensor: Tensor) -> None:
+            # Partial sums are added up over the ranks: the bias must come in once.
+            once = self._split != "columns" or self._group.rank == 0
+            bias[place].copy_(tensor[share] if once else torch.zeros_like(tensor[share]))
+
+        return load
+
+    def finish(self) -> tuple[Choice[Any], ...]:
+        return (self.weight.finish(),)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, in_features] -> [T, out_features]."""
+        y = self.weight.apply(x, self.bias)
+        return self._group.all_reduce(y) if self._split == "columns" else y

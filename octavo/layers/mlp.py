@@ -1,0 +1,37 @@
+"""The gated feed-forward block (SwiGLU, arXiv 2002.05202)."""
+
+from typing import Any
+
+from torch import Tensor
+
+from octavo.kernels import SILU_MUL, Choice
+from octavo.layers.build import Build, Layer
+from octavo.layers.linear import Linear
+from octavo.layers.slot import Slot
+
+
+class GatedMLP(Layer):
+    """down(silu(gate(x)) * up(x)), with gate and up in one product."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, build: Build, *, bias: bool):
+        super().__init__()
+        parts = {"gate": intermediate_size, "up": intermediate_size}
+        self.gate_up = Linear(parts, hidden_size, build, bias=bias, split="rows")
+        self.down = Linear(
+            {"down": hidden_size}, intermediate_size, build, bias=bias, split="columns"
+        )
+        self._choice = SILU_MUL.select(build.case({"size": intermediate_size}))
+        self._activate = self._choice.function
+
+    def slots(self, name: str) -> dict[str, Slot]:
+        """The table of checkpoint tensors under the usual names."""
+        gate_up = {"gate": f"{name}.gate_proj", "up": f"{name}.up_proj"}
+        return self.gate_up.slots(gate_up) | self.down.slots({"down": f"{name}.down_proj"})
+
+    def finish(self) -> tuple[Choice[Any], ...]:
+        return (self._choice,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, hidden_size] -> [T, hidden_size]."""
+        y: Tensor = self.down(self._activate(self.gate_up(x)))
+        return y

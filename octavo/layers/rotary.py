@@ -1,0 +1,65 @@
+"""Rotary position embedding (arXiv 2104.09864), with the ways in which checkpoints stretch it."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from octavo.config import RopeScaling
+from octavo.kernels import ROTARY, Choice
+from octavo.layers.build import Build, Layer
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
+    """Radians a token for each pair of dimensions, [head_dim / 2], fp32."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (theta**exponents)
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _llama3_frequencies(frequencies, scaling)
+
+
+def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Llama 3.1's stretch: long waves by `factor`, short ones not at all, a ramp between them."""
+    original_len = scaling.original_max_position_embeddings
+    wave_lens = 2 * math.pi / frequencies
+    longest_kept = original_len / scaling.high_freq_factor
+    shortest_stretched = original_len / scaling.low_freq_factor
+    ramp = (original_len / wave_lens - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - ramp) * frequencies / scaling.factor + ramp * frequencies
+    stretched = torch.where(wave_lens > shortest_stretched, frequencies / scaling.factor, blended)
+    return torch.where(wave_lens < longest_kept, frequencies, stretched)
+
+
+class Rotary(Layer):
+    """Rotates queries and keys by their positions. One for all layers of a model: it has a table."""
+
+    def __init__(
+        self,
+        head_dim: int,
+        max_positions: int,
+        build: Build,
+        *,
+        theta: float,
+        scaling: RopeScaling | None = None,
+    ):
+        super().__init__()
+        angles = torch.outer(
+            torch.arange(max_positions).float(), rotary_frequencies(head_dim, theta, scaling)
+        )
+        # [max_positions, head_dim] fp32: cosines of all pairs, then sines
+        self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(build.device)
+        self._choice = ROTARY.select(build.case({"head_dim": head_dim}))
+        self._kernel = self._choice.function
+
+    def finish(self) -> tuple[Choice[Any], ...]:
+        return (self._choice,)
+
+    def forward(self, query: Tensor, key: Tensor, positions: Tensor) -> None:
+        """query [T, Hq, D] and key [T, Hkv, D] in place; positions [T]."""
+        self._kernel(query, key, positions, self.cos_sin)

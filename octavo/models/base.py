@@ -1,0 +1,21 @@
+"""What the runner and the loader need of a model."""
+
+from torch import Tensor, nn
+
+from octavo.layers import Slot, StepContext
+
+
+class Model(nn.Module):
+    """One architecture: wiring of layers, and the checkpoint's names of their weights."""
+
+    def slots(self) -> dict[str, Slot]:
+        """Checkpoint tensor names and the places that wait for them."""
+        raise NotImplementedError
+
+    def forward(self, token_ids: Tensor, context: StepContext) -> Tensor:
+        """token_ids [T] -> hidden states [T, hidden_size]."""
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [S, hidden_size] -> fp32 logits [S, vocab_size]."""
+        raise NotImplementedError

@@ -1,0 +1,128 @@
+"""Llama 2 and 3.x (arXiv 2307.09288, 2407.21783), and what copied its wiring: SmolLM2, TinyLlama.
+
+Only wiring and checkpoint names: layers carry sharding, weight formats, caches and kernels.
+"""
+
+from torch import Tensor, nn
+
+from octavo.config import ModelConfig
+from octavo.layers import (
+    Attention,
+    Build,
+    GatedMLP,
+    Linear,
+    RMSNorm,
+    Rotary,
+    Slot,
+    StepContext,
+    Vocabulary,
+)
+from octavo.models.base import Model
+
+
+class LlamaAttention(nn.Module):
+    """Grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build, rotary: Rotary):
+        super().__init__()
+        self.num_heads = build.group.local(config.num_heads, "attention heads")
+        self.num_kv_heads = build.group.local(config.num_kv_heads, "key/value heads")
+        self.head_dim = config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.qkv = Linear(
+            {"q": config.num_heads * config.head_dim, "k": kv_size, "v": kv_size},
+            config.hidden_size,
+            build,
+            bias=config.attention_bias,
+            split="rows",
+        )
+        self.rotary = rotary
+        self.attend = Attention(layer, self.num_heads, self.num_kv_heads, config.head_dim, build)
+        self.output = Linear(
+            {"o": config.hidden_size},
+            config.num_heads * config.head_dim,
+            build,
+            bias=config.attention_bias,
+            split="columns",
+        )
+
+    def slots(self, name: str) -> dict[str, Slot]:
+        qkv = {part: f"{name}.{part}_proj" for part in ("q", "k", "v")}
+        return self.qkv.slots(qkv) | self.output.slots({"o": f"{name}.o_proj"})
+
+    def forward(self, x: Tensor, context: StepContext) -> Tensor:
+        heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
+        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        self.rotary(query, key, context.positions)
+        y: Tensor = self.output(self.attend(query, key, value, context).flatten(1))
+        return y
+
+
+class LlamaBlock(nn.Module):
+    """One transformer block: attention and feed-forward, each after a norm."""
+
+    def __init__(self, config: ModelConfig, layer: int, build: Build, rotary: Rotary):
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.attention = LlamaAttention(config, layer, build, rotary)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.mlp = GatedMLP(
+            config.hidden_size, config.intermediate_size, build, bias=config.mlp_bias
+        )
+
+    def slots(self, name: str) -> dict[str, Slot]:
+        return (
+            self.attention_norm.slots(f"{name}.input_layernorm")
+            | self.attention.slots(f"{name}.self_attn")
+            | self.mlp_norm.slots(f"{name}.post_attention_layernorm")
+            | self.mlp.slots(f"{name}.mlp")
+        )
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, context: StepContext
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.attention_norm(x, residual)
+        x = self.attention(x, context)
+        x, residual = self.mlp_norm(x, residual)
+        return self.mlp(x), residual
+
+
+class Llama(Model):
+    """The decoder: embedding, blocks, norm, head."""
+
+    def __init__(self, config: ModelConfig, build: Build, *, max_positions: int):
+        super().__init__()
+        rotary = Rotary(
+            config.head_dim,
+            max_positions,
+            build,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+        )
+        self.vocabulary = Vocabulary(
+            config.vocab_size, config.hidden_size, build, tied=config.tie_word_embeddings
+        )
+        blocks = [LlamaBlock(config, layer, build, rotary) for layer in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)  # registers them; the list keeps their type
+        self._blocks = blocks
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+
+    def slots(self) -> dict[str, Slot]:
+        """Checkpoint tensor names and the places that wait for them."""
+        table = self.vocabulary.slots("model.embed_tokens", "lm_head")
+        for index, block in enumerate(self._blocks):
+            table |= block.slots(f"model.layers.{index}")
+        return table | self.norm.slots("model.norm")
+
+    def forward(self, token_ids: Tensor, context: StepContext) -> Tensor:
+        """token_ids [T] -> hidden states [T, hidden_size]."""
+        x: Tensor = self.vocabulary.embed(token_ids)
+        residual: Tensor | None = None
+        for block in self._blocks:
+            x, residual = block(x, residual, context)
+        x, _ = self.norm(x, residual)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [S, hidden_size] -> fp32 logits [S, vocab_size]."""
+        return self.vocabulary.logits(hidden)

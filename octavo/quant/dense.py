@@ -1,0 +1,84 @@
+"""How a weight is stored and multiplied: the seam, and its plainest side. Knows no models.
+
+A `WeightFormat` makes one `StoredWeight` for each linear layer. Checkpoint tensors are placed into
+it part by part; `finish` turns it into whatever the chosen kernel wants.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from octavo.errors import IntegrityError
+from octavo.kernels import LINEAR, Case, Choice, PreparedWeight
+
+
+class StoredWeight(Protocol):
+    """One weight matrix of `out_features` rows, in some format."""
+
+    def place(self, rows: slice, tensor: Tensor) -> None:
+        """Store plain checkpoint values [len(rows), in_features] as these rows."""
+        ...
+
+    def finish(self) -> Choice[Any]:
+        """All rows are there: lay the weight out for the kernel, and say which kernel it is."""
+        ...
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x [T, in_features] -> [T, out_features]. After `finish` only."""
+        ...
+
+    def gather_rows(self, ids: Tensor) -> Tensor:
+        """Rows `ids` [T] of the plain weight, [T, in_features]. After `finish` only."""
+        ...
+
+
+class WeightFormat(Protocol):
+    """Makes the storage of weights."""
+
+    name: str
+
+    def create(
+        self, out_features: int, in_features: int, *, dtype: torch.dtype, device: str
+    ) -> StoredWeight: ...
+
+
+class DenseWeight:
+    """Every value as it is, in the model's dtype."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: str):
+        sizes = {"out_features": out_features, "in_features": in_features}
+        self._choice = LINEAR.select(Case(device, dtype, sizes))
+        self._kernel = self._choice.function
+        self._plain: Tensor | None = torch.empty(
+            out_features, in_features, dtype=dtype, device=device
+        )
+        self._prepared: PreparedWeight | None = None
+
+    def place(self, rows: slice, tensor: Tensor) -> None:
+        if self._plain is None:
+            raise IntegrityError("a weight was placed after its layer was finished")
+        self._plain[rows].copy_(tensor)
+
+    def finish(self) -> Choice[Any]:
+        if self._plain is not None:
+            self._prepared = self._kernel.prepare(self._plain)
+            self._plain = None
+        return self._choice
+
+    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return self._kernel.apply(x, self._prepared, bias)
+
+    def gather_rows(self, ids: Tensor) -> Tensor:
+        return self._kernel.gather_rows(self._prepared, ids)
+
+
+class DenseFormat:
+    """Weights in the model's dtype, multiplied as they are."""
+
+    name = "dense"
+
+    def create(
+        self, out_features: int, in_features: int, *, dtype: torch.dtype, device: str
+    ) -> DenseWeight:
+        return DenseWeight(out_features, in_features, dtype, device)

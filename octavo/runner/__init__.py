@@ -1,0 +1,13 @@
+"""Runs plans on a device: rows, inputs, KV storage, sampling. Knows no HTTP and no text."""
+
+from octavo.runner.device import device_facts, usable_cores
+from octavo.runner.memory import measure_kv_cache_bytes
+from octavo.runner.model_runner import ModelRunner, allocate_kv_caches
+
+__all__ = [
+    "ModelRunner",
+    "allocate_kv_caches",
+    "device_facts",
+    "measure_kv_cache_bytes",
+    "usable_cores",
+]
