@@ -134,12 +134,12 @@ class NativeLinear:
         return out
 
     def unpack(self, prepared: PackedWeight) -> Tensor:
-        plain = prepared.lines.transpose(1, 2).reshape(-1, prepared.depth // 2)
+        plain = prepared.lines.transpose(1, 2).contiguous().view(-1, prepared.depth // 2)
         plain = plain.view(torch.bfloat16)[: prepared.out_features, : prepared.in_features]
         return plain.contiguous()
 
     def gather_rows(self, prepared: PackedWeight, ids: Tensor) -> Tensor:
-        rows = prepared.lines[ids // PANEL, :, ids % PANEL]  # [T, K / 2]
+        rows = prepared.lines[ids // PANEL, :, ids % PANEL].contiguous()  # [T, K / 2]
         return rows.view(torch.bfloat16)[:, : prepared.in_features].contiguous()
 
 

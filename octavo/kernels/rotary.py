@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from octavo.kernels.dispatch import Op
@@ -27,9 +28,9 @@ def reference_rotary(query: Tensor, key: Tensor, positions: Tensor, cos_sin: Ten
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [T, 1, D/2]
     for heads in (query, key):
         first, second = heads.float().chunk(2, dim=-1)  # each [T, heads, D/2]
-        half = first.shape[-1]
-        heads[..., :half] = (first * cos - second * sin).to(heads.dtype)
-        heads[..., half:] = (second * cos + first * sin).to(heads.dtype)
+        # Both halves before either is written: in fp32 they are views of what is overwritten.
+        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+        heads.copy_(turned)
 
 
 ROTARY: Op[Rotary] = Op("rotary", reference_rotary)

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from octavo.kernels.native.build import BuildError, build
+from octavo.kernels.native.compiler import BuildError, build
 from octavo.kernels.native.library import Library
 
 __all__ = ["NativeKernelWarning", "features", "library", "unavailable", "using"]

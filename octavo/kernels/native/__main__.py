@@ -6,7 +6,7 @@ import argparse
 import sys
 import time
 
-from octavo.kernels.native.build import BuildError, build
+from octavo.kernels.native.compiler import BuildError, build
 from octavo.kernels.native.library import Library
 
 

@@ -1,0 +1,152 @@
+"""rms_norm, silu_mul, rotary and kv_write: compiled against reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from octavo.kernels import KV_WRITE, RMS_NORM, ROTARY, ROTARY_KV_WRITE, SILU_MUL, Case
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
+SHAPES = [(0, 16), (1, 1), (1, 576), (15, 100), (16, 64), (17, 4097), (1000, 576)]
+
+
+def chosen(op, dtype):
+    choice = op.select(Case("cpu", dtype))
+    assert choice.name == "native"
+    return choice.function
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm_equals_its_reference(isa, dtype, shape, with_residual):
+    x, weight = torch.randn(shape, dtype=dtype), torch.randn(shape[1], dtype=dtype)
+    residual = torch.randn(shape, dtype=dtype) if with_residual else None
+    expected = RMS_NORM.reference(x, weight, 1e-5, residual)
+    ours = chosen(RMS_NORM, dtype)(x, weight, 1e-5, residual)
+    close(ours[0], expected[0])
+    assert torch.equal(ours[1], expected[1])  # the sum is rounded once, in both
+
+
+def test_rms_norm_reads_strided_rows(isa, dtype):
+    wide = torch.randn(5, 300, dtype=dtype)
+    weight = torch.randn(100, dtype=dtype)
+    ours, _ = chosen(RMS_NORM, dtype)(wide[:, 100:200], weight, 1e-6)
+    close(ours, RMS_NORM.reference(wide[:, 100:200], weight, 1e-6)[0])
+
+
+def test_rms_norm_rounds_before_the_weight_as_transformers_does():
+    x, weight = torch.randn(3, 64).bfloat16(), torch.randn(64).bfloat16()
+    wide = x.float()
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)
+    assert torch.equal(RMS_NORM.reference(x, weight, 1e-5)[0], weight * unit.bfloat16())
+
+
+def test_rms_norm_refuses_what_it_would_misread(isa):
+    norm = chosen(RMS_NORM, torch.float32)
+    x, weight = torch.randn(4, 8), torch.randn(8)
+    with pytest.raises(ValueError, match="dense rows"):
+        norm(x.t(), torch.randn(4), 1e-5)
+    with pytest.raises(ValueError, match="weight"):
+        norm(x, torch.randn(7), 1e-5)
+    with pytest.raises(ValueError, match="one dtype"):
+        norm(x, weight.bfloat16(), 1e-5)
+    with pytest.raises(ValueError, match="residual"):
+        norm(x, weight, 1e-5, torch.randn(4, 9))
+    with pytest.raises(TypeError, match="no compiled kernel"):
+        norm(x.half(), weight.half(), 1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_silu_mul_equals_its_reference(isa, dtype, shape):
+    x = 3 * torch.randn(shape[0], 2 * shape[1], dtype=dtype)
+    close(chosen(SILU_MUL, dtype)(x), SILU_MUL.reference(x.float()).to(dtype))
+
+
+def test_silu_mul_saturates_without_nan(isa, dtype):
+    gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]], dtype=dtype)
+    ours = chosen(SILU_MUL, dtype)(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    close(ours, torch.nn.functional.silu(gate))
+
+
+def test_silu_mul_refuses_an_odd_width(isa):
+    with pytest.raises(ValueError, match="2I"):
+        chosen(SILU_MUL, torch.float32)(torch.randn(2, 7))
+
+
+def fused_qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype):
+    qkv = torch.randn(tokens, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+    views = [part.view(tokens, -1, dim) for part in qkv.split(sizes, dim=1)]
+    return qkv, views
+
+
+@pytest.mark.parametrize("tokens", [1, 17, 600])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 80), (8, 1, 2)])
+def test_rotary_and_cache_write_equal_their_references(isa, dtype, tokens, heads, kv_heads, dim):
+    qkv, (query, key, value) = fused_qkv(tokens, heads, kv_heads, dim, dtype)
+    expected_qkv = qkv.clone()
+    sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+    expected = [part.view(tokens, -1, dim) for part in expected_qkv.split(sizes, dim=1)]
+    positions = torch.randint(0, 3000, (tokens,))
+    cos_sin = torch.randn(3000, dim).clamp(-1, 1)
+    slots = torch.randperm(50 * 16)[:tokens]
+    cache = torch.full((2, 50, kv_heads, 16, dim), float("nan"), dtype=dtype)
+    expected_cache = cache.clone()
+
+    ROTARY.reference(*expected[:2], positions, cos_sin)
+    KV_WRITE.reference(*expected[1:], expected_cache, slots)
+    apart_qkv, apart_cache = qkv.clone(), cache.clone()
+    apart = [part.view(tokens, -1, dim) for part in apart_qkv.split(sizes, dim=1)]
+    chosen(ROTARY, dtype)(*apart[:2], positions, cos_sin)
+    chosen(KV_WRITE, dtype)(*apart[1:], apart_cache, slots)
+    chosen(ROTARY_KV_WRITE, dtype)(query, key, value, positions, cos_sin, cache, slots)
+
+    close(apart_qkv, expected_qkv)
+    assert torch.equal(qkv, apart_qkv)
+    torch.testing.assert_close(cache, apart_cache, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(cache.isnan(), expected_cache.isnan())  # wrote its slots and no other
+    close(cache.nan_to_num(), expected_cache.nan_to_num())
+
+
+def test_the_fused_reference_is_the_two_references():
+    _, (query, key, value) = fused_qkv(6, 4, 2, 32, torch.float32)
+    positions, cos_sin, slots = torch.arange(6), torch.randn(6, 32), torch.arange(6)
+    cache, expected_cache = torch.zeros(2, 2, 1, 2, 16, 32)
+    query2, key2 = query.clone(), key.clone()
+    ROTARY_KV_WRITE.reference(query, key, value, positions, cos_sin, cache, slots)
+    ROTARY.reference(query2, key2, positions, cos_sin)
+    KV_WRITE.reference(key2, value, expected_cache, slots)
+    assert torch.equal(query, query2)
+    assert torch.equal(cache, expected_cache)
+
+
+def test_rotary_turns_by_the_angle_of_the_position():
+    """A head of one pair, turned by 90 degrees: (x, y) becomes (-y, x)."""
+    query, key = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]])
+    ROTARY.reference(query, key, torch.tensor([1]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    assert query.tolist() == [[[-2.0, 1.0]]]
+    assert key.tolist() == [[[-4.0, 3.0]]]
+
+
+def test_rotary_kv_write_refuses_what_it_would_misread(isa):
+    op = chosen(ROTARY_KV_WRITE, torch.float32)
+    _, (query, key, value) = fused_qkv(4, 4, 2, 32, torch.float32)
+    positions, cos_sin, slots = torch.arange(4), torch.randn(10, 32), torch.arange(4)
+    cache = torch.zeros(2, 2, 2, 16, 32)
+    with pytest.raises(ValueError, match="one dtype"):
+        op(query, key.bfloat16(), value, positions, cos_sin, cache, slots)
+    with pytest.raises(ValueError, match="positions"):
+        op(query, key, value, positions.int(), cos_sin, cache, slots)
+    with pytest.raises(ValueError, match="fp32"):
+        op(query, key, value, positions, cos_sin.double(), cache, slots)
+    with pytest.raises(ValueError, match="slots"):
+        op(query, key, value, positions, cos_sin, cache, slots[:3])
+    with pytest.raises(ValueError, match="kv_cache"):
+        op(query, key, value, positions, cos_sin, cache[:, :, :1], slots)
