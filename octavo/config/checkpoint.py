@@ -150,15 +150,15 @@ class Checkpoint:
         """`config.json`, or the GGUF metadata in its words."""
         if self.kind == "gguf":
             return config_from_gguf(self.gguf, self.path)
-        return read_json(self.path / "config.json")
+        return _read_json(self.path / "config.json")
 
     def generation_config(self) -> dict[str, Any]:
         """`generation_config.json`; empty where there is none."""
-        return self._optional_json("generation_config.json")
+        return self.json("generation_config.json")
 
     def tokenizer_config(self) -> dict[str, Any]:
         """`tokenizer_config.json`; empty where there is none."""
-        return self._optional_json("tokenizer_config.json")
+        return self.json("tokenizer_config.json")
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """End-of-sequence ids of the config and of the generation config, unchecked for range."""
@@ -176,7 +176,7 @@ class Checkpoint:
             return self._template(self.gguf.metadata.get("tokenizer.chat_template"))
         file = self.path / "chat_template.jinja"
         if file.is_file():
-            return read_text(file)
+            return _read_text(file)
         template = self.tokenizer_config().get("chat_template")
         if isinstance(template, list):  # several, each with a name
             named = [entry for entry in template if isinstance(entry, Mapping)]
@@ -195,18 +195,19 @@ class Checkpoint:
             )
         return file
 
+    def json(self, name: str) -> dict[str, Any]:
+        """A JSON file of the directory; empty where there is none."""
+        if self.kind == "gguf" or not (self.path / name).is_file():
+            return {}
+        return _read_json(self.path / name)
+
     def _template(self, value: object) -> str | None:
         if value is not None and not isinstance(value, str):
             raise CheckpointError(f"{self.path}: the chat template is no string")
         return value
 
-    def _optional_json(self, name: str) -> dict[str, Any]:
-        if self.kind == "gguf" or not (self.path / name).is_file():
-            return {}
-        return read_json(self.path / name)
 
-
-def read_text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     """A text file of a checkpoint.
 
     Raises:
@@ -220,13 +221,13 @@ def read_text(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a checkpoint.
 
     Raises:
         CheckpointError: the file cannot be read, or is no JSON object.
     """
-    text = read_text(path)
+    text = _read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
