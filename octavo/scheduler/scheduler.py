@@ -73,13 +73,11 @@ class Scheduler:
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestEvent]:
         """End these requests now; unknown ids are ignored, for they may just have finished."""
-        sequences = [self._sequences.get(request_id) for request_id in request_ids]
-        return [self._finish(s, FinishReason.ABORT) for s in sequences if s is not None]
+        return self._end_all(request_ids, FinishReason.ABORT, None)
 
     def fail(self, request_ids: Iterable[str], error: str) -> list[RequestEvent]:
         """End these requests because of `error`, a sentence that clients may see."""
-        sequences = [self._sequences.get(request_id) for request_id in request_ids]
-        return [self._finish(s, FinishReason.ERROR, error) for s in sequences if s is not None]
+        return self._end_all(request_ids, FinishReason.ERROR, error)
 
     @property
     def has_work(self) -> bool:
@@ -191,6 +189,12 @@ class Scheduler:
             self._finish(sequence, reason)
         logprobs = None if sampled.logprobs is None else (sampled.logprobs,)
         return RequestEvent(sequence.id, (sampled.token_id,), logprobs, reason)
+
+    def _end_all(
+        self, request_ids: Iterable[str], reason: FinishReason, error: str | None
+    ) -> list[RequestEvent]:
+        alive = [i for i in dict.fromkeys(request_ids) if i in self._sequences]
+        return [self._finish(self._sequences[i], reason, error) for i in alive]
 
     def _finish(
         self, sequence: Sequence, reason: FinishReason, error: str | None = None

@@ -1,6 +1,4 @@
-"""Fakes and helpers that tests, simulations and readers share. Ships with the package."""
+"""Fakes and tiny models for tests, ours and those of whoever builds on Octavo.
 
-from octavo.testing.byte_tokenizer import ByteTokenizer
-from octavo.testing.fake_engine import FakeEngine, FakeScript
-
-__all__ = ["ByteTokenizer", "FakeEngine", "FakeScript"]
+Import what you need from the modules: some bring torch, and some must not.
+"""

@@ -1,0 +1,131 @@
+"""The engine loop on a fake executor: every request ends once, with the text it must have."""
+
+import random
+
+import pytest
+from helpers import (
+    VOCAB_SIZE,
+    create_core,
+    create_executor,
+    create_request,
+    create_scheduler,
+    run_to_end,
+    tokens_of,
+)
+
+from octavo.core import FinishReason, SampledToken, StepResult
+from octavo.errors import EngineDeadError
+from octavo.sim import oracle_tokens
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_any_workload_on_any_pool_gives_each_request_its_text_and_one_end(seed):
+    rng = random.Random(seed)
+    scheduler = create_scheduler(
+        num_blocks=rng.randint(18, 60),
+        max_num_batched_tokens=rng.randint(1, 40),
+        max_num_seqs=rng.randint(1, 10),
+    )
+    core = create_core(scheduler)
+    requests = [create_request(rng.randint(1, 40), rng.randint(1, 30)) for _ in range(16)]
+    aborted, events = set(), []
+    waiting = list(requests)
+    while waiting or core.has_work:
+        while waiting and rng.random() < 0.4:
+            core.add(waiting.pop())
+        if core.has_work and rng.random() < 0.05:
+            request_id = rng.choice(requests).request_id
+            news = core.abort([request_id])
+            aborted |= {event.request_id for event in news}
+            events += news
+        events += core.step()
+    for request in requests:
+        expected = oracle_tokens(
+            request.prompt_token_ids, request.sampling.max_tokens, VOCAB_SIZE
+        )
+        got = tokens_of(events, request.request_id)
+        ends = [
+            e.finish_reason
+            for e in events
+            if e.request_id == request.request_id and e.finish_reason is not None
+        ]
+        if request.request_id in aborted:
+            assert ends == [FinishReason.ABORT] and got == expected[: len(got)]
+        else:
+            assert ends == [FinishReason.LENGTH] and got == expected
+    assert scheduler.stats().num_free_blocks == scheduler.stats().num_blocks
+
+
+class FlakyExecutor:
+    """Fails at the steps it is told to; answers through another executor otherwise."""
+
+    def __init__(self, executor, failing_steps):
+        self._executor = executor
+        self._failing_steps = failing_steps
+
+    def execute(self, plan):
+        result = self._executor.execute(plan)
+        if plan.step in self._failing_steps:
+            raise MemoryError("no memory for this step")
+        return result
+
+
+def test_a_failed_step_ends_its_requests_only_and_the_engine_goes_on():
+    scheduler = create_scheduler()
+    core = create_core(scheduler, FlakyExecutor(create_executor(scheduler), {2}))
+    first = create_request(5, max_tokens=8)
+    core.add(first)
+    core.step()
+    (event,) = core.step()
+    assert event.finish_reason is FinishReason.ERROR
+    assert "failed" in event.error and "memory" not in event.error  # no internals for clients
+    second = create_request(5, max_tokens=3)
+    core.add(second)
+    events = run_to_end(core)
+    assert tokens_of(events, second.request_id) == oracle_tokens(
+        second.prompt_token_ids, 3, VOCAB_SIZE
+    )
+
+
+def test_two_failed_steps_in_a_row_end_the_engine_with_the_cause():
+    scheduler = create_scheduler()
+    core = create_core(scheduler, FlakyExecutor(create_executor(scheduler), {1, 2}))
+    core.add(create_request())
+    core.step()
+    core.add(create_request())
+    with pytest.raises(EngineDeadError, match="MemoryError: no memory for this step"):
+        core.step()
+
+
+class NanExecutor:
+    """Gives one request an error instead of a token."""
+
+    def __init__(self, executor, victim):
+        self._executor = executor
+        self._victim = victim
+
+    def execute(self, plan):
+        result = self._executor.execute(plan)
+        return StepResult(
+            result.step,
+            tuple(
+                SampledToken(s.sequence_id, -1, error="not finite")
+                if s.sequence_id == self._victim
+                else s
+                for s in result.sampled
+            ),
+        )
+
+
+def test_one_bad_row_fails_alone():
+    scheduler = create_scheduler()
+    good, bad = create_request(5, max_tokens=4), create_request(6, max_tokens=4)
+    core = create_core(scheduler, NanExecutor(create_executor(scheduler), bad.request_id))
+    core.add(good)
+    core.add(bad)
+    events = run_to_end(core)
+    errors = [e for e in events if e.finish_reason is FinishReason.ERROR]
+    assert [(e.request_id, e.error) for e in errors] == [(bad.request_id, "not finite")]
+    assert tokens_of(events, good.request_id) == oracle_tokens(
+        good.prompt_token_ids, 4, VOCAB_SIZE
+    )

@@ -1,0 +1,65 @@
+"""Two factories for tests of the core: an engine on a fake executor, and requests."""
+
+import itertools
+
+from octavo.core import Executor, Request, RequestEvent, SamplingParams
+from octavo.engine import EngineCore
+from octavo.kvcache import PagedAllocator
+from octavo.scheduler import Blocks, Scheduler, SequenceSlots, TokenBudget
+from octavo.sim import FakeExecutor
+
+VOCAB_SIZE = 1000
+_ids = itertools.count()
+
+
+def create_scheduler(
+    *,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    max_num_batched_tokens: int = 16,
+    max_num_seqs: int = 8,
+    max_model_len: int = 256,
+) -> Scheduler:
+    allocator = PagedAllocator(num_blocks, block_size)
+    constraints = [
+        TokenBudget(max_num_batched_tokens),
+        SequenceSlots(max_num_seqs),
+        Blocks(allocator),
+    ]
+    return Scheduler(allocator, constraints, max_model_len=max_model_len)
+
+
+def create_executor(scheduler: Scheduler) -> FakeExecutor:
+    allocator = scheduler.allocator
+    return FakeExecutor(
+        num_blocks=allocator.num_blocks, block_size=allocator.block_size, vocab_size=VOCAB_SIZE
+    )
+
+
+def create_core(scheduler: Scheduler, executor: Executor | None = None) -> EngineCore:
+    return EngineCore(scheduler, executor or create_executor(scheduler), check_integrity=True)
+
+
+def create_request(
+    num_prompt_tokens: int = 5, max_tokens: int = 4, *, request_id: str | None = None, **sampling
+) -> Request:
+    return Request(
+        request_id=request_id or f"request-{next(_ids)}",
+        prompt_token_ids=[(7 * i + num_prompt_tokens) % VOCAB_SIZE for i in range(num_prompt_tokens)],
+        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
+        seed=0,
+    )
+
+
+def run_to_end(core: EngineCore, *, max_steps: int = 10_000) -> list[RequestEvent]:
+    """All events until no request is left."""
+    events: list[RequestEvent] = []
+    for _ in range(max_steps):
+        if not core.has_work:
+            return events
+        events += core.step()
+    raise AssertionError(f"requests are still alive after {max_steps} steps")
+
+
+def tokens_of(events: list[RequestEvent], request_id: str) -> list[int]:
+    return [t for event in events if event.request_id == request_id for t in event.token_ids]
