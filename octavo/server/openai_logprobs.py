@@ -6,7 +6,7 @@ from typing import Any
 from octavo.core import TokenLogprobs
 from octavo.text import Tokenizer
 
-REPLACEMENT = "\ufffd"
+_FLOOR = -9999.0  # OpenAI's: minus infinity is no JSON
 
 
 class LogprobShaper:
@@ -15,13 +15,6 @@ class LogprobShaper:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._texts: dict[int, str] = {}
-
-    def _text(self, token_id: int) -> str:
-        text = self._texts.get(token_id)
-        if text is None:
-            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-            self._texts[token_id] = text
-        return text
 
     def completion(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], *, offset: int
@@ -34,9 +27,10 @@ class LogprobShaper:
             offset += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [entry.logprob for entry in logprobs],
+            "token_logprobs": [max(entry.logprob, _FLOOR) for entry in logprobs],
             "top_logprobs": [
-                {self._text(i): logprob for i, logprob in entry.top} | {token: entry.logprob}
+                {self._text(i): max(logprob, _FLOOR) for i, logprob in entry.top}
+                | {token: max(entry.logprob, _FLOOR)}
                 for token, entry in zip(tokens, logprobs, strict=True)
             ],
             "text_offset": offsets,
@@ -57,11 +51,26 @@ class LogprobShaper:
         ]
 
     def _entry(self, token_id: int, logprob: float) -> dict[str, Any]:
-        """`bytes` is null where a token is no whole character: its text cannot say which."""
-        text = self._text(token_id)
-        whole = REPLACEMENT not in text
+        """`bytes` is null for control tokens, which stand for none."""
+        data = self._tokenizer.token_bytes(token_id)
         return {
-            "token": text,
-            "logprob": max(logprob, -9999.0),  # minus infinity is no JSON; OpenAI's own floor
-            "bytes": list(text.encode()) if whole else None,
+            "token": self._text(token_id),
+            "logprob": max(logprob, _FLOOR),
+            "bytes": list(data) or None,
         }
+
+    def _text(self, token_id: int) -> str:
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._read(token_id)
+        return text
+
+    def _read(self, token_id: int) -> str:
+        """A part of a character is spelt out, as OpenAI does, so that two of them differ."""
+        data = self._tokenizer.token_bytes(token_id)
+        if not data:
+            return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        try:
+            return data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -1,11 +1,11 @@
 """A tokenizer without a file: one token a byte. For tests, simulation and trying the server out."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 BOS = 256
 EOS = 257
-_SPECIAL = {BOS: "<|bos|>", EOS: "<|eos|>"}
+_SPECIAL = {BOS: b"<|bos|>", EOS: b"<|eos|>"}
 
 
 class ByteTokenizer:
@@ -15,26 +15,47 @@ class ByteTokenizer:
     """
 
     vocab_size = 258
+    bos_token_id: int | None = BOS
     eos_token_ids: tuple[int, ...] = (EOS,)
+    special_token_ids = frozenset(_SPECIAL)
+    strips_leading_space = False
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The bytes of a text, after a begin-of-sequence."""
         ids = list(text.encode())
         return [BOS, *ids] if add_special_tokens else ids
 
-    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of bytes; broken UTF-8 becomes replacement characters."""
-        parts: list[bytes] = []
-        for token_id in ids:
-            if token_id < BOS:
-                parts.append(bytes((token_id,)))
-            elif not skip_special_tokens:
-                parts.append(_SPECIAL[token_id].encode())
-        return b"".join(parts).decode(errors="replace")
-
     def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_arguments: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        """One line a message, "role: content"."""
+        """The ids of `apply_chat_template`, after a begin-of-sequence."""
+        text = self.apply_chat_template(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            template_arguments=template_arguments,
+        )
+        return self.encode(text)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> str:
+        """One line a message, "role: content". The template knows no arguments."""
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
-        return self.encode(text + ("assistant: " if add_generation_prompt else ""))
+        return text + ("assistant: " if add_generation_prompt else "")
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of some ids; what is not UTF-8 becomes U+FFFD."""
+        kept = (i for i in token_ids if i < BOS or not skip_special_tokens)
+        return b"".join(_SPECIAL.get(i) or bytes((i,)) for i in kept).decode(errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The byte itself; nothing for special tokens."""
+        return bytes((token_id,)) if token_id < BOS else b""
