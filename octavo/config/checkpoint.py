@@ -58,11 +58,14 @@ def locate(model: str) -> "Checkpoint":
             return _directory(path)
         if path.is_file():
             return _file(path)
-    except (OSError, ValueError) as error:  # a name too long, a NUL in it, no permission
-        raise ModelNotFoundError(f"model {model!r} cannot be looked up: {error}") from error
+    except (OSError, ValueError) as error:  # a name too long, no permission
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ModelNotFoundError(
+            f"the model {_short(model)} cannot be looked up: {reason}. {_remedies()}"
+        ) from error
     if HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".gguf":
         return Checkpoint(model, _download(model), "directory")
-    raise ModelNotFoundError(f"no model {model!r}: no such file or directory. {_remedies()}")
+    raise ModelNotFoundError(f"no model {_short(model)}: no such file or directory. {_remedies()}")
 
 
 def _packaged(alias: str, model: PackagedModel) -> Path:
@@ -121,6 +124,10 @@ def _download(model: str) -> Path:
             f"{cause or type(unreachable or error).__name__}. {_remedies()}"
         ) from error
     return _directory(Path(folder)).path
+
+
+def _short(model: str) -> str:
+    return repr(model) if len(model) <= 200 else f"{model[:200]!r}..."
 
 
 def _remedies() -> str:

@@ -86,7 +86,7 @@ def _rope(header: GgufHeader, path: Path, architecture: str) -> dict[str, Any]:
         metadata.get(f"{architecture}.embedding_length"),
         metadata.get(f"{architecture}.attention.head_count"),
     )
-    if isinstance(num_rotated, int) and isinstance(head_dim, int) and num_rotated != head_dim:
+    if isinstance(num_rotated, int) and isinstance(head_dim, int) and head_dim > 0:
         rope["partial_rotary_factor"] = num_rotated / head_dim
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if ROPE_FACTORS in header.tensors:

@@ -1,0 +1,184 @@
+"""`ModelConfig.from_hf`: both styles of transformers, and refusals by name."""
+
+import pytest
+from checkpoint_files import GGUF_METADATA, HF_CONFIG, write_gguf
+from checkpoint_files import hf_tensors as tensors_of
+
+from octavo.config import ModelConfig, RopeScaling, locate
+from octavo.errors import CheckpointError, UnsupportedModelError
+
+LLAMA3 = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def read(**changes):
+    return ModelConfig.from_hf(HF_CONFIG | changes)
+
+
+def test_all_fields():
+    assert read(bos_token_id=1, eos_token_id=2) == ModelConfig(
+        architecture="llama",
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+        attention_bias=False,
+        mlp_bias=False,
+        dtype="float32",
+        bos_token_id=1,
+        eos_token_ids=(2,),
+    )
+
+
+@pytest.mark.parametrize(
+    "scaling", [{}, {"rope_type": "llama3"} | LLAMA3, {"rope_type": "linear", "factor": 2.0}]
+)
+def test_style_of_transformers_5(scaling):
+    absent = ("rope_theta", "torch_dtype")
+    written = {key: value for key, value in HF_CONFIG.items() if key not in absent} | {
+        "dtype": "bfloat16",
+        "head_dim": 16,
+        "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"} | scaling,
+        "transformers_version": "5.23.0",
+    }
+    config = ModelConfig.from_hf(written)
+    assert (config.rope_theta, config.head_dim, config.dtype) == (5000.0, 16, "bfloat16")
+    kind = scaling.get("rope_type")
+    assert (config.rope_scaling.kind if config.rope_scaling else None) == kind
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_scaling_in_the_style_of_transformers_4(key):
+    assert read(rope_scaling={key: "linear", "factor": 4}).rope_scaling == RopeScaling("linear", 4)
+    config = read(rope_theta=7.0, rope_scaling={key: "llama3"} | LLAMA3)
+    assert config.rope_theta == 7.0
+    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
+    assert read(rope_scaling={key: "default"}).rope_scaling is None
+    assert read(rope_scaling=None).rope_scaling is None
+
+
+def test_defaults():
+    absent = ("num_key_value_heads", "torch_dtype", "rms_norm_eps", "rope_theta", "architectures")
+    config = ModelConfig.from_hf({k: v for k, v in HF_CONFIG.items() if k not in absent})
+    assert (config.num_kv_heads, config.dtype, config.rms_norm_eps) == (4, "float32", 1e-6)
+    assert (config.rope_theta, config.eos_token_ids, config.bos_token_id) == (10000.0, (), None)
+
+
+def test_eos_ids_of_both_configs():
+    config = HF_CONFIG | {"eos_token_id": [2, 3]}
+    assert ModelConfig.from_hf(config, {"eos_token_id": [3, 5]}).eos_token_ids == (2, 3, 5)
+    assert ModelConfig.from_hf(config, {"eos_token_id": 7}).eos_token_ids == (2, 3, 7)
+    with pytest.raises(CheckpointError, match="generation_config: eos_token_id"):
+        ModelConfig.from_hf(config, {"eos_token_id": 64})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.*supported: LlamaFor"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+        ({"architectures": None, "model_type": "gemma2"}, "gemma2"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'.*only 'silu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"sliding_window": 4096}, "sliding_window=4096"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn'.*supported: default, linear"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "'dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, "rope_type"),
+        ({"torch_dtype": "float8_e4m3fn"}, "float8.*supported: bfloat16"),
+        ({"hidden_act": "x" * 10_000}, r"xxx\.\.\."),
+    ],
+)
+def test_unsupported_values_are_named(changes, message):
+    with pytest.raises(UnsupportedModelError, match=message) as caught:
+        read(**changes)
+    assert len(str(caught.value)) < 300
+
+
+def test_remote_code_is_never_a_way_in():
+    auto_map = {"AutoModelForCausalLM": "modeling_evil.EvilForCausalLM"}
+    with pytest.raises(UnsupportedModelError, match="never run"):
+        read(architectures=["EvilForCausalLM"], auto_map=auto_map)
+    assert read(auto_map=auto_map).architecture == "llama"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, r"num_hidden_layers=1000000000.*1\.\.1024"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+        ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers='2'"),
+        ({"head_dim": 0}, "head_dim=0"),
+        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"hidden_size": 33}, "no multiple"),
+        ({"hidden_size": -1}, "hidden_size=-1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"vocab_size": None}, "'vocab_size' is missing"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'"),
+        ({"rope_theta": float("inf")}, "rope_theta=inf"),
+        ({"rope_theta": 0}, "rope_theta=0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
+        ({"torch_dtype": 16}, "dtype=16"),
+        ({"architectures": []}, "names the model"),
+        ({"architectures": None, "model_type": None}, "names the model"),
+        ({"architectures": None, "model_type": ["llama"]}, "names the model"),
+        ({"eos_token_id": 64}, "eos_token_id"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id"),
+        ({"bos_token_id": -1}, "bos_token_id"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear'"),
+        ({"rope_scaling": {"type": "linear"}}, "'factor' is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "factor=0.5"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "'low_freq_factor' is missing"),
+        ({"rope_scaling": LLAMA3 | {"type": "llama3", "low_freq_factor": 4.0}}, "not above"),
+    ],
+)
+def test_damaged_values_are_named(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        read(**changes)
+
+
+def test_gguf_config_reads_as_the_same_model(tmp_path):
+    embedding = {"token_embd.weight": tensors_of()["model.embed_tokens.weight"].numpy()}
+    path = write_gguf(tmp_path / "tiny.gguf", GGUF_METADATA, embedding)
+    config = ModelConfig.from_checkpoint(locate(str(path)))
+    expected = read(tie_word_embeddings=True, rms_norm_eps=config.rms_norm_eps)
+    assert config == expected
+    assert config.rms_norm_eps == pytest.approx(1e-5)
+
+
+def test_gguf_of_another_architecture_is_refused_by_name(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", {}, {}, architecture="gemma2")
+    with pytest.raises(UnsupportedModelError, match="gemma2"):
+        ModelConfig.from_checkpoint(locate(str(path)))
+
+
+@pytest.mark.model
+def test_default_model_reads_as_transformers_reads_it():
+    from transformers import LlamaConfig  # slow to import
+
+    checkpoint = locate("smollm2-135m-instruct")
+    reference = LlamaConfig.from_pretrained(
+        checkpoint.path.parent, gguf_file=checkpoint.path.name
+    ).to_dict()
+    ours = ModelConfig.from_checkpoint(checkpoint)
+    theirs = ModelConfig.from_hf(reference | {"dtype": "bfloat16"})
+    assert ours == theirs
