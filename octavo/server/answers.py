@@ -15,6 +15,7 @@ from starlette.types import Receive
 
 from octavo.core import FinishReason, SamplingParams, resolve_max_tokens
 from octavo.engine import ServingEngine, TextDelta
+from octavo.errors import OverloadedError, RequestError
 from octavo.server.errors import ClientDisconnected, ErrorReply, HttpError, unavailable
 from octavo.server.metrics import ServerMetrics
 from octavo.server.prompts import Prompt
@@ -81,9 +82,20 @@ class Answers:
         finally:
             self._cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            for tally in self.tallies:
-                if tally.finish_reason is None:
-                    self._finish(tally, FinishReason.ABORT)
+            self._close_books()
+
+    def _close_books(self) -> None:
+        """Give a reason to the answers that the engine has not ended, unless it never took them."""
+        match self._error:
+            case None | ClientDisconnected():
+                reason = FinishReason.ABORT
+            case RequestError() | OverloadedError():
+                return
+            case _:
+                reason = FinishReason.ERROR
+        for tally in self.tallies:
+            if tally.finish_reason is None:
+                self._finish(tally, reason)
 
     async def first(self) -> None:
         """Wait until the engine has taken every prompt; raises its refusal where it has not."""
