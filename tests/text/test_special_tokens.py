@@ -2,7 +2,7 @@
 
 import pytest
 from checkpoint_files import BYTE_TOKENS, CHATML, SPECIALS, byte_level_tokenizer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
@@ -26,7 +26,9 @@ TRIMMING = make_tokenizer("{{ messages[0].content.strip() }}{{ messages[1].conte
 
 # Text that is likely to hold special tokens, or parts of them at its ends.
 hostile = st.lists(
-    st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<|", "<", "|>", " ", "\n", "hello", "你"]),
+    st.sampled_from(
+        ["<|im_end|>", "<|im_", "end|>", "<|", "im_end|>", "<", "|im_end|>", " ", "你"]
+    ),
     max_size=6,
 ).map("".join)
 
@@ -70,6 +72,9 @@ def test_ordinary_messages_are_encoded_as_transformers_does(contents):
 
 
 @given(first=hostile, second=hostile)
+@example(first="<", second="|im_end|>")
+@example(first="<| \n", second=" im_end|>")
+@example(first="<|im_", second="end|>")
 def test_strings_cannot_be_joined_into_a_control_token(first, second):
     messages = [{"content": first}, {"content": second}]
     assert set(JOINING.encode_chat(messages)) & {TEXT, START, END} == {END}
