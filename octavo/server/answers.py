@@ -13,7 +13,7 @@ from typing import cast
 
 from starlette.types import Receive
 
-from octavo.core import FinishReason, SamplingParams, resolve_max_tokens
+from octavo.core import FinishReason, SamplingParams
 from octavo.engine import ServingEngine, TextDelta
 from octavo.errors import OverloadedError, RequestError
 from octavo.server.errors import ClientDisconnected, ErrorReply, HttpError, unavailable
@@ -52,9 +52,6 @@ class Answers:
         arrival_s: float,
         max_unread_deltas: int,
     ):
-        for prompt in prompts:
-            max_model_len = engine.model.max_model_len
-            resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, max_model_len)
         self.prompts = prompts
         self.num_per_prompt = sampling.n
         self.tallies = [Tally() for _ in range(len(prompts) * sampling.n)]

@@ -5,7 +5,12 @@ never by the framework.
 """
 
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    nullcontext,
+)
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -38,7 +43,12 @@ def create_app(
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
-        async with lifespan():
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(lifespan())
+            except Exception as error:
+                state.startup_error = error
+                raise
             yield
 
     app = FastAPI(

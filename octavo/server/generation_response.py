@@ -22,6 +22,8 @@ _EVENT_HEADERS = {
     "x-accel-buffering": "no",  # nginx would collect the stream otherwise
 }
 
+_SHUTTING_DOWN = unavailable("the server is shutting down", "draining")
+
 
 class GenerationResponse(Response):
     """Runs the answers for as long as somebody reads them."""
@@ -34,11 +36,14 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._answers.running(receive):
-            await self._answers.first()
-            if self._stream:
+            try:
+                await self._answers.first()
+                response = None if self._stream else await self._json()
+            except asyncio.CancelledError:  # the server's drain time is over
+                response = _SHUTTING_DOWN.response()
+            if response is None:
                 await self._send_events(send, scope["octavo.request_id"])
             else:
-                response = await self._json()
                 await response(scope, receive, send)
 
     async def _json(self) -> Response:
@@ -62,10 +67,8 @@ class GenerationResponse(Response):
         except ClientDisconnected as error:
             log_failure(error, request_id)
             return
-        except asyncio.CancelledError:  # the server's drain time is over
-            reply = unavailable("the server is shutting down", "draining")
-            await _write(send, _error_event(reply), more=False)
-            raise
+        except asyncio.CancelledError:  # the server's drain time is over; so is this task, anyway
+            last = _error_event(_SHUTTING_DOWN)
         except Exception as error:
             log_failure(error, request_id)
             last = _error_event(reply_to(error))

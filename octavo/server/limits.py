@@ -23,6 +23,7 @@ class Limits:
     max_prompts: int
     max_choices: int = 4096  # prompts times n
     max_logit_bias_bytes: int = 64 * 2**10  # as JSON: some 4,000 entries
+    max_listed_token_ids: int = 2**18  # in stop_token_ids and allowed_token_ids
     max_chars_per_token: int = 16  # a text longer than this times the context cannot fit it
     max_inline_chars: int = 8192  # longer texts are tokenized off the event loop
     max_unread_deltas: int = 1024  # for each HTTP request; more wait in the engine

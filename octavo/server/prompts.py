@@ -76,7 +76,7 @@ class PromptReader:
         if not messages:
             raise bad_request("messages must not be empty", param="messages")
         turns = [_turn(message, i) for i, message in enumerate(messages)]
-        num_chars = sum(len(turn["content"]) for turn in turns)
+        num_chars = sum(len(text) for turn in turns for text in turn.values())
         self._check_chars(num_chars, "messages")
         encode_chat = self._model.tokenizer.encode_chat
 

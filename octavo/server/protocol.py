@@ -254,6 +254,9 @@ def sampling_params(
         value = getattr(fields, name)
         if value is not None:
             given[name] = value
+    for name in ("stop_token_ids", "allowed_token_ids"):
+        if len(given.get(name, ())) > limits.max_listed_token_ids:
+            raise bad_request(f"{name} has too many entries", param=name)
     logit_bias = _logit_bias(fields.logit_bias, limits)
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=logit_bias, **given)
 

@@ -4,13 +4,14 @@ Each handler reads as the list of its steps; the steps are in the other modules.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.core import SamplingParams
+from octavo.core import SamplingParams, check_prompt, resolve_max_tokens
 from octavo.errors import RequestError
 from octavo.server.answers import Answers
 from octavo.server.body import read_json
@@ -98,8 +99,10 @@ class OpenAIRoutes:
     def _echo(self, prompt: Prompt, sampling: SamplingParams) -> str:
         if prompt.text is not None:
             return prompt.text
-        tokenizer = self._state.engine.model.tokenizer
-        return tokenizer.decode(prompt.token_ids, skip_special_tokens=sampling.skip_special_tokens)
+        model = self._state.engine.model
+        check_prompt(prompt.token_ids, vocab_size=model.vocab_size)
+        skip = sampling.skip_special_tokens
+        return model.tokenizer.decode(prompt.token_ids, skip_special_tokens=skip)
 
     async def chat_completions(self, request: Request) -> Response:
         """Answer a conversation."""
@@ -107,12 +110,13 @@ class OpenAIRoutes:
         state = self._state
         fields = parse_chat(await read_json(request, state.limits), state.limits)
         name = state.check_model(fields.model)
-        sampling = _chat_sampling(fields, state)
         reader = PromptReader(state.engine.model, state.limits)
-        prompt = await reader.chat(
-            fields.messages, add_generation_prompt=_or(fields.add_generation_prompt, True)
-        )
-        options = self._options(fields, name, [prompt], sampling)
+        with _chat_names(fields):
+            sampling = _chat_sampling(fields, state)
+            prompt = await reader.chat(
+                fields.messages, add_generation_prompt=_or(fields.add_generation_prompt, True)
+            )
+            options = self._options(fields, name, [prompt], sampling)
         shape = ChatShape(options, self._logprob_shaper())
         return self._response(shape, sampling, fields, arrival_s=arrival_s)
 
@@ -127,6 +131,9 @@ class OpenAIRoutes:
         if len(prompts) * sampling.n > limits.max_choices:
             message = f"prompts times n must be at most {limits.max_choices}"
             raise bad_request(message, param="n")
+        max_model_len = self._state.engine.model.max_model_len
+        for prompt in prompts:
+            resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, max_model_len)
         return ShapeOptions(
             model=name,
             prompts=prompts,
@@ -162,22 +169,28 @@ def _or(value: T | None, default: T) -> T:
 
 
 def _chat_sampling(fields: ChatRequest, state: ServerState) -> SamplingParams:
-    """Chat has its own names for the bound of tokens and for the number of alternatives."""
     old, new = fields.max_tokens, fields.max_completion_tokens
     if old is not None and new is not None and old != new:
         raise bad_request(
             "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
         )
     logprobs = _or(fields.top_logprobs, 0) if fields.logprobs else None
-    names = {"logprobs": "top_logprobs"}
-    if new is not None:
+    return sampling_params(fields, state.limits, max_tokens=_or(new, old), logprobs=logprobs)
+
+
+@contextmanager
+def _chat_names(fields: ChatRequest) -> Iterator[None]:
+    """Let errors name the fields of chat, where the core knows them by other names."""
+    names = {"logprobs": "top_logprobs", "prompt": "messages"}
+    if fields.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     try:
-        return sampling_params(fields, state.limits, max_tokens=_or(new, old), logprobs=logprobs)
+        yield
     except RequestError as error:
-        if error.param not in names:
-            raise
-        name = names[error.param]
-        raise RequestError(
-            str(error).replace(error.param, name, 1), param=name, code=error.code
-        ) from None
+        if error.param in names:
+            message = str(error)
+            if message.startswith(error.param):
+                message = names[error.param] + message.removeprefix(error.param)
+            error.args = (message,)
+            error.param = names[error.param]
+        raise

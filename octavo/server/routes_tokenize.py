@@ -3,18 +3,21 @@
 The same bounds hold as for generation: no text longer than the context can be, no more ids than it.
 """
 
+import asyncio
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core import check_prompt
-from octavo.errors import ContextLengthError
+from octavo.errors import ContextLengthError, RequestError
 from octavo.server.body import decode, read_json
 from octavo.server.errors import bad_request
 from octavo.server.prompts import Prompt, PromptReader
 from octavo.server.protocol import Message
 from octavo.server.replies import json_response
 from octavo.server.state import Route, ServerState
+from octavo.text import Tokenizer
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -60,10 +63,7 @@ class TokenizeRoutes:
         prompt = await self._prompt(fields)
         strings = None
         if fields.return_token_strs:
-            strings = [
-                model.tokenizer.decode([token_id], skip_special_tokens=False)
-                for token_id in prompt.token_ids
-            ]
+            strings = await asyncio.to_thread(_strings, prompt.token_ids, model.tokenizer)
         return json_response(
             {
                 "count": len(prompt.token_ids),
@@ -96,7 +96,14 @@ class TokenizeRoutes:
                 f"{len(fields.tokens)} tokens are more than the context of {model.max_model_len}",
                 param="tokens",
             )
-        if fields.tokens:
-            check_prompt(fields.tokens, vocab_size=model.vocab_size)
-        text = model.tokenizer.decode(fields.tokens, skip_special_tokens=False)
+        try:
+            check_prompt(fields.tokens or [0], vocab_size=model.vocab_size)
+        except RequestError as error:
+            raise RequestError(str(error), param="tokens") from None
+        decode_ids = model.tokenizer.decode
+        text = await asyncio.to_thread(decode_ids, fields.tokens, skip_special_tokens=False)
         return json_response({"prompt": text})
+
+
+def _strings(token_ids: list[int], tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode([i], skip_special_tokens=False) for i in token_ids]

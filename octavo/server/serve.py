@@ -12,6 +12,7 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.errors import EngineDeadError
 from octavo.server.config import ServerConfig
@@ -31,6 +32,7 @@ def serve(
 
     Raises:
         EngineDeadError: the engine died; the caller exits with a non-zero status.
+        Exception: whatever the application's lifespan raised instead of starting.
     """
     server = OctavoServer(app, config)
     server.run(sockets=sockets)
@@ -46,7 +48,7 @@ class OctavoServer(uvicorn.Server):
         self.engine_error: EngineDeadError | None = None
         super().__init__(
             uvicorn.Config(
-                app,
+                _ShortStartupFailure(app),
                 host=config.host,
                 port=config.port,
                 http=http_protocol(self._octavo.limits),  # on h11: httptools bounds no headers
@@ -61,6 +63,24 @@ class OctavoServer(uvicorn.Server):
                 timeout_graceful_shutdown=config.drain_timeout_s,
             )
         )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """uvicorn's, but a signal ends a start that takes long: a model may be loading."""
+        starting = asyncio.create_task(self._start(sockets))
+        while not starting.done() and not self.should_exit:
+            await asyncio.wait([starting], timeout=0.1)
+        if not starting.done():
+            starting.cancel()  # the lifespan is cancelled with the loop
+        elif (failure := starting.result()) is not None:
+            raise failure
+
+    async def _start(self, sockets: list[socket.socket] | None) -> BaseException | None:
+        """Start; returns why it failed. uvicorn knows nothing better than to exit."""
+        try:
+            await super().startup(sockets)
+        except SystemExit as error:
+            return self._octavo.startup_error or error
+        return None
 
     async def main_loop(self) -> None:
         """uvicorn's, with a watch over the engine beside it."""
@@ -89,3 +109,19 @@ class OctavoServer(uvicorn.Server):
         self._octavo.draining = True
         self.should_exit = True
         logger.info("%s: draining", signal.Signals(sig).name)
+
+
+class _ShortStartupFailure:
+    """Keeps the traceback of a failed start out of the log: `serve` raises the error itself."""
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without_traceback(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                message = {"type": "lifespan.startup.failed"}
+            await send(message)
+
+        is_lifespan = scope["type"] == "lifespan"
+        await self._app(scope, receive, send_without_traceback if is_lifespan else send)

@@ -16,13 +16,14 @@ from octavo.server.metrics import ServerMetrics
 
 @dataclass
 class ServerState:
-    """The engine, its bounds and its books. Only `draining` ever changes, and only once."""
+    """The engine, its bounds and its books. Only the last two change, and only once."""
 
     engine: ServingEngine
     config: ServerConfig
     limits: Limits
     metrics: ServerMetrics
     draining: bool = False
+    startup_error: Exception | None = None  # what came out of the lifespan instead of a start
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import httpx
 from octavo.server import ServerConfig, create_app
 from octavo.testing.fake_engine import FakeEngine
 
-CONFIG = ServerConfig(max_request_bytes=200_000, read_timeout_s=0.4, write_timeout_s=0.4)
+CONFIG = ServerConfig(max_request_bytes=200_000, read_timeout_s=0.3, write_timeout_s=0.3)
 
 
 def eventually(condition: Callable[[], bool], timeout_s: float = 3.0) -> None:

@@ -145,7 +145,7 @@ def test_f04_slow_headers(server: LiveServer) -> None:
     with server.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-slow: ")
         for _ in range(3):
-            time.sleep(0.1)
+            time.sleep(0.08)
             connection.sendall(b"x")
         answer = read_all(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -156,7 +156,7 @@ def test_f04_slow_second_request(server: LiveServer) -> None:
     with server.connect() as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
         read_until(connection, b"}")
-        time.sleep(0.6)  # an idle connection may rest longer than headers may take
+        time.sleep(0.4)  # an idle connection may rest longer than headers may take
         connection.sendall(b"GET /hea")
         assert read_all(connection).startswith(b"HTTP/1.1 408 ")
 
@@ -170,7 +170,7 @@ def test_f04_slow_body(server: LiveServer) -> None:
 
 
 def test_slow_handling_is_no_slow_client(server: LiveServer) -> None:
-    server.engine.script.queue_delay_s = 0.8  # twice the read timeout
+    server.engine.script.queue_delay_s = 0.6  # twice the read timeout
     response = httpx.post(f"{server.url}{COMPLETIONS}", json={"prompt": "Hi"})
     assert response.status_code == 200
 

@@ -145,6 +145,14 @@ FIELDS: list[tuple[str, str, dict[str, Any], str]] = [
     ("F09", COMPLETIONS, {"prompt": [1] * 5000}, "prompt"),
     ("F09", CHAT, {"max_tokens": 4096}, "max_tokens"),
     ("F10", COMPLETIONS, {"prompt": "a" * 150_000}, "prompt"),
+    (
+        "F10",
+        CHAT,
+        {"messages": [{"role": "user", "content": "a", "name": "a" * 150_000}]},
+        "messages",
+    ),
+    ("F09", CHAT, {"messages": [{"role": "user", "content": ""}] * 5_000}, "messages"),
+    ("F09", CHAT, {"max_completion_tokens": 4096}, "max_completion_tokens"),
     ("F10", CHAT, {"messages": [{"role": "user", "content": "a" * 150_000}]}, "messages"),
     *[
         ("F12", path, {name: value}, name)
@@ -176,6 +184,8 @@ FIELDS: list[tuple[str, str, dict[str, Any], str]] = [
     ("F15", COMPLETIONS, {"max_tokens": 3, "min_tokens": 4}, "min_tokens"),
     *[("F16", COMPLETIONS, {"prompt": [72, i]}, "prompt") for i in (258, -1, True, 1.0, 2**70)],
     *[("F16", COMPLETIONS, {"prompt": [[72], [i]]}, "prompt") for i in (258, -1, True, 1.0)],
+    ("F16", COMPLETIONS, {"prompt": [72, -1], "echo": True}, "prompt"),
+    ("F16", COMPLETIONS, {"prompt": [72, 258], "echo": True}, "prompt"),
     ("F18", COMPLETIONS, {"stop": ["a"] * 10_000}, "stop"),
     ("F18", COMPLETIONS, {"stop": ""}, "stop"),
     ("F18", COMPLETIONS, {"stop": ["a", ""]}, "stop"),
@@ -243,7 +253,7 @@ async def test_wrong_field(
         assert "4096" in error["message"]
     if row == "F10":
         assert error["code"] == "context_length_exceeded"
-        assert "150000 characters" in error["message"]
+        assert " characters, more than" in error["message"]
 
 
 async def test_f07_empty_text_is_a_begin_of_sequence(client: httpx.AsyncClient) -> None:
@@ -272,7 +282,7 @@ async def test_f09_names_both_numbers(client: httpx.AsyncClient) -> None:
 async def test_f16_detokenize(client: httpx.AsyncClient) -> None:
     for tokens in ([258], [-1], [1] * 5000, ["a"], [True]):
         error = check_error(await client.post("/detokenize", json={"tokens": tokens}), 400)
-        assert error["param"] in ("prompt", "tokens")
+        assert error["param"].startswith("tokens")
 
 
 async def test_tokenize_wants_one_of_two(client: httpx.AsyncClient) -> None:

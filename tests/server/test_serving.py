@@ -15,7 +15,7 @@ import httpx
 import pytest
 from server.helpers import CONFIG, client_of, eventually
 
-from octavo.errors import EngineDeadError
+from octavo.errors import EngineDeadError, ModelNotFoundError
 from octavo.server import OctavoServer, ServerConfig, create_app, serve
 from octavo.testing.byte_tokenizer import ByteTokenizer
 from octavo.testing.fake_engine import FakeEngine, FakeScript
@@ -53,7 +53,7 @@ def child(drain_s: int, token_delay_s: float) -> Iterator[tuple[subprocess.Popen
 
 def stream_and_signal(process: subprocess.Popen[bytes], url: str, num_signals: int) -> str:
     """What a stream holds in the end, whose server got SIGTERM after the first token."""
-    body = {"prompt": "Hi", "max_tokens": 100, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Hi", "max_tokens": 40, "ignore_eos": True, "stream": True}
     text = ""
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=20) as response:
         for chunk in response.iter_text():
@@ -69,7 +69,7 @@ def stream_and_signal(process: subprocess.Popen[bytes], url: str, num_signals: i
 def test_f40_accepted_requests_finish() -> None:
     with child(drain_s=20, token_delay_s=0.01) as (process, url):
         text = stream_and_signal(process, url, 1)
-        assert text.count('"text":') == 101
+        assert text.count('"text":') == 41
         assert text.endswith("data: [DONE]\n\n")
         out, err = process.communicate(timeout=10)
         assert (process.returncode, out, err) == (0, b"left in peace\n", b"")
@@ -83,6 +83,20 @@ def test_f40_drain_time_is_over() -> None:
         assert text.endswith("data: [DONE]\n\n")
         process.communicate(timeout=10)
         assert process.returncode == 0
+
+
+@pytest.mark.server
+def test_f40_whole_answers_get_their_error_too() -> None:
+    with child(drain_s=0, token_delay_s=30.0) as (process, url):
+        killer = threading.Timer(0.3, os.kill, (process.pid, signal.SIGTERM))
+        killer.start()
+        response = httpx.post(f"{url}/v1/completions", json={"prompt": "Hi"}, timeout=20)
+        killer.join()
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "draining"
+        out, err = process.communicate(timeout=10)
+        assert (process.returncode, out) == (0, b"left in peace\n")
+        assert b"Traceback" not in err
 
 
 @pytest.mark.server
@@ -156,6 +170,48 @@ def test_lifespan_surrounds_serving() -> None:
     server.should_exit = True
     thread.join(timeout=10)
     assert journal == ["start", "stop"]
+
+
+def test_failed_start_raises_its_own_error(caplog: pytest.LogCaptureFixture) -> None:
+    @asynccontextmanager
+    async def lifespan() -> AsyncIterator[None]:
+        raise ModelNotFoundError("no such model")
+        yield
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        app = create_app(FakeEngine(), CONFIG, lifespan=lifespan)
+        with pytest.raises(ModelNotFoundError, match="no such model"):
+            serve(app, CONFIG, sockets=[listener])
+    assert "Traceback" not in caplog.text
+
+
+@pytest.mark.server
+def test_signal_while_starting() -> None:
+    code = """
+import asyncio, contextlib, socket
+from octavo.server import ServerConfig, create_app, serve
+from octavo.testing.fake_engine import FakeEngine
+
+@contextlib.asynccontextmanager
+async def lifespan():
+    print("loading", flush=True)
+    try:
+        await asyncio.sleep(60)
+        yield
+    finally:
+        print("stopped", flush=True)
+
+config = ServerConfig(port=0)
+serve(create_app(FakeEngine(), config, lifespan=lifespan), config)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"loading\n"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, out, err) == (0, b"stopped\n", b"")
 
 
 class SlowTokenizer(ByteTokenizer):
