@@ -107,22 +107,7 @@ class ModelConfig:
                 )
         read = _Reader(config)
         hidden_size = read.integer("hidden_size", 1, MAX_HIDDEN_SIZE)
-        num_heads = read.integer("num_attention_heads", 1, MAX_HEADS)
-        num_kv_heads = read.integer("num_key_value_heads", 1, MAX_HEADS, num_heads)
-        if num_heads % num_kv_heads:
-            raise CheckpointError(
-                f"config: num_attention_heads={num_heads} is no multiple of "
-                f"num_key_value_heads={num_kv_heads}"
-            )
-        if config.get("head_dim") is None and hidden_size % num_heads:
-            raise CheckpointError(
-                f"config: hidden_size={hidden_size} is no multiple of "
-                f"num_attention_heads={num_heads}, and there is no head_dim"
-            )
-        head_dim = read.integer("head_dim", 1, MAX_HEAD_DIM, hidden_size // num_heads)
-        if head_dim % 2:
-            raise CheckpointError(f"config: head_dim={head_dim} is odd, so it cannot be rotated")
-        max_positions = read.integer("max_position_embeddings", 1, MAX_POSITIONS)
+        num_heads, num_kv_heads, head_dim = _heads(read, config, hidden_size)
         rope_theta, rope_scaling = _rope(config)
         vocab_size = read.integer("vocab_size", 1, MAX_VOCAB_SIZE)
         return cls(
@@ -134,10 +119,10 @@ class ModelConfig:
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=read.number("rms_norm_eps", 0.0, 1.0, 1e-6),
+            rms_norm_eps=read.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
-            max_position_embeddings=max_positions,
+            max_position_embeddings=read.integer("max_position_embeddings", 1, MAX_POSITIONS),
             tie_word_embeddings=read.boolean("tie_word_embeddings", False),
             attention_bias=read.boolean("attention_bias", False),
             mlp_bias=read.boolean("mlp_bias", False),
@@ -154,13 +139,13 @@ class _Reader:
         self._config = config
         self._where = where
 
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+    def integer(self, name: str, low: int, high: int, *, default: int | None = None) -> int:
         value = self._get(name, default)
         if type(value) is not int or not low <= value <= high:
             raise self._wrong(name, f"an integer in {low}..{high}")
         return value
 
-    def number(self, name: str, low: float, high: float, default: float | None = None) -> float:
+    def number(self, name: str, low: float, high: float, *, default: float | None = None) -> float:
         value = self._get(name, default)
         if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
             raise self._wrong(name, f"a number in {low}..{high}")
@@ -209,6 +194,26 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return ARCHITECTURES[names[0]]
 
 
+def _heads(read: _Reader, config: Mapping[str, Any], hidden_size: int) -> tuple[int, int, int]:
+    """(query heads, key and value heads, numbers in a head)"""
+    num_heads = read.integer("num_attention_heads", 1, MAX_HEADS)
+    num_kv_heads = read.integer("num_key_value_heads", 1, MAX_HEADS, default=num_heads)
+    if num_heads % num_kv_heads:
+        raise CheckpointError(
+            f"config: num_attention_heads={num_heads} is no multiple of "
+            f"num_key_value_heads={num_kv_heads}"
+        )
+    if config.get("head_dim") is None and hidden_size % num_heads:
+        raise CheckpointError(
+            f"config: hidden_size={hidden_size} is no multiple of "
+            f"num_attention_heads={num_heads}, and there is no head_dim"
+        )
+    head_dim = read.integer("head_dim", 1, MAX_HEAD_DIM, default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise CheckpointError(f"config: head_dim={head_dim} is odd, so it cannot be rotated")
+    return num_heads, num_kv_heads, head_dim
+
+
 def _dtype(config: Mapping[str, Any]) -> str:
     """`dtype` (transformers 5) or `torch_dtype` (4). Absent means float32, as in transformers."""
     value = config.get("dtype") or config.get("torch_dtype") or "float32"
@@ -233,7 +238,7 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             raise CheckpointError(f"config: {name}={_short(section)}, but it must be an object")
         rope |= section
     read = _Reader(rope, "config: rope")
-    theta = read.number("rope_theta", 1.0, 1e12, 10000.0)
+    theta = read.number("rope_theta", 1.0, 1e12, default=10000.0)
     if rope.get("partial_rotary_factor") not in NEUTRAL["partial_rotary_factor"]:
         raise UnsupportedModelError("config: rope: partial_rotary_factor is not supported, only 1")
     kind = rope.get("rope_type") or rope.get("type") or "default"

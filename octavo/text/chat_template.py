@@ -118,6 +118,7 @@ def _tojson(
     value: Any,
     ensure_ascii: bool = False,
     indent: int | None = None,
+    *,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:

@@ -65,5 +65,8 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, perhaps a part of a character; empty if unknown."""
+        """The bytes that a token stands for, perhaps a part of a character.
+
+        Those of a control token spell its name; an id without a token has none.
+        """
         ...

@@ -44,7 +44,7 @@ def load_weights(table: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor]
         source = tensors.source
         _check_names(table, tensors.shapes, source)
         for name, shape in tensors.shapes.items():
-            _check_shape(table, name, shape, source)
+            _check_shape(table, name, shape, source=source)
     loaded: dict[str, None] = {}
     for name, tensor in tensors:
         if name in loaded:
@@ -54,7 +54,7 @@ def load_weights(table: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor]
             continue
         if name not in table:
             raise CheckpointError(f"{source}: unexpected tensor {name!r}")
-        _check_shape(table, name, tuple(tensor.shape), source)
+        _check_shape(table, name, tuple(tensor.shape), source=source)
         if not _is_finite(tensor):
             raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity")
         table[name].load(tensor)
@@ -74,7 +74,9 @@ def _check_names(table: Mapping[str, Slot], names: Iterable[str], source: str) -
         raise CheckpointError(f"{source}: {'; '.join(complaints)}")
 
 
-def _check_shape(table: Mapping[str, Slot], name: str, shape: tuple[int, ...], source: str) -> None:
+def _check_shape(
+    table: Mapping[str, Slot], name: str, shape: tuple[int, ...], *, source: str
+) -> None:
     if name in table and table[name].shape != shape:
         raise CheckpointError(
             f"{source}: tensor {name!r} has shape {shape}, but the config asks for "

@@ -15,8 +15,8 @@ def read_tensors(
 
     All headers are checked in this call, so a truncated or lying file is refused before memory is
     allocated for the model. The stream then reads one tensor at a time: it needs the memory of the
-    largest tensor in `dtype` (twice for tensors that are not quantized) and a few MiB more; file
-    pages are mapped and count as cache.
+    largest tensor in `dtype` (and once more for one that is stored as floats or reordered) and a
+    few MiB; file pages are mapped and count as cache.
 
     Raises:
         CheckpointError: files are missing, truncated or damaged.
