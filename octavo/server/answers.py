@@ -77,14 +77,14 @@ class Answers:
         try:
             yield
         finally:
-            self._cancel()
+            self._fail(ClientDisconnected())  # of no effect where all is well or failed already
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._close_books()
 
     def _close_books(self) -> None:
         """Give a reason to the answers that the engine has not ended, unless it never took them."""
         match self._error:
-            case None | ClientDisconnected():
+            case ClientDisconnected():
                 reason = FinishReason.ABORT
             case RequestError() | OverloadedError():
                 return
@@ -134,6 +134,11 @@ class Answers:
                         await self._room.wait()
             if any(t.finish_reason is None for t in self._of_prompt(prompt_index)):
                 raise _failure("the engine ended an answer without a reason")
+        except asyncio.CancelledError:
+            self._fail(
+                _cancelled()
+            )  # where neither client nor consumer has gone: the engine did it
+            raise
         except Exception as error:  # whatever it is, the consumer must hear of it
             self._fail(error)
         self._num_pumping -= 1
@@ -164,7 +169,7 @@ class Answers:
             if delta.finish_reason is FinishReason.ERROR:
                 raise _failure(delta.error or "the answer failed")
             if delta.finish_reason is FinishReason.ABORT:
-                raise HttpError(unavailable("the server cancelled the request", "cancelled"))
+                raise _cancelled()
 
     def _finish(self, tally: Tally, reason: FinishReason) -> None:
         tally.finish_reason = reason
@@ -179,10 +184,7 @@ class Answers:
     def _fail(self, error: Exception) -> None:
         """The first failure is the request's; nothing of it goes on."""
         self._error = self._error or error
-        self._cancel()
         self._news.set()
-
-    def _cancel(self) -> None:
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()
@@ -190,3 +192,7 @@ class Answers:
 
 def _failure(message: str) -> HttpError:
     return HttpError(ErrorReply(500, message, "server_error", None, "generation_failed"))
+
+
+def _cancelled() -> HttpError:
+    return HttpError(unavailable("the server cancelled the request", "cancelled"))

@@ -1,11 +1,9 @@
 """From an exception to what the client sees: status, OpenAI error object, headers. The one table.
 
-    RequestError, wrong route or method     400 404 405   invalid_request_error
-    header, body or read-time limits        431 413 408   invalid_request_error
-    missing or wrong key                    401           authentication_error
-    OverloadedError, draining               503           server_error, with Retry-After
-    EngineDeadError                         503           server_error
-    anything else                           500           server_error, text withheld
+    the request, its route, its size    400 404 405 408 413 431   invalid_request_error
+    missing or wrong key                401                       authentication_error
+    overload, drain, dead engine        503                       server_error
+    anything else                       500                       server_error, text withheld
 
 Only the texts of `RequestError` and of this package reach clients: others may hold paths.
 """

@@ -91,7 +91,7 @@ class OpenAIRoutes:
         prompts = await reader.completion(
             fields.prompt, add_special_tokens=_or(fields.add_special_tokens, True)
         )
-        options = self._options(fields, name, prompts, sampling)
+        options = self._options(fields, prompts, sampling, model=name)
         echoes = [self._echo(prompt, sampling) for prompt in prompts] if fields.echo else None
         shape = CompletionShape(options, self._logprob_shaper(), echoes=echoes)
         return self._response(shape, sampling, fields, arrival_s=arrival_s)
@@ -116,16 +116,17 @@ class OpenAIRoutes:
             prompt = await reader.chat(
                 fields.messages, add_generation_prompt=_or(fields.add_generation_prompt, True)
             )
-            options = self._options(fields, name, [prompt], sampling)
+            options = self._options(fields, [prompt], sampling, model=name)
         shape = ChatShape(options, self._logprob_shaper())
         return self._response(shape, sampling, fields, arrival_s=arrival_s)
 
     def _options(
         self,
         fields: SamplingFields,
-        name: str,
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
+        *,
+        model: str,
     ) -> ShapeOptions:
         limits = self._state.limits
         if len(prompts) * sampling.n > limits.max_choices:
@@ -135,7 +136,7 @@ class OpenAIRoutes:
         for prompt in prompts:
             resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, max_model_len)
         return ShapeOptions(
-            model=name,
+            model=model,
             prompts=prompts,
             num_per_prompt=sampling.n,
             with_logprobs=sampling.logprobs is not None,

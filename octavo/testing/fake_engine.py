@@ -41,7 +41,9 @@ class FakeScript:
     max_requests: int | None = None  # one more is refused as an overload
     dead: bool = False
     fail_after: int | None = None  # tokens of an answer, after which comes `failure`
-    failure: Exception | str = "the fake engine failed as told"  # a string ends one answer with it
+    failure: BaseException | str = (
+        "the fake engine failed as told"  # a string ends one answer with it
+    )
 
 
 @dataclass
@@ -88,7 +90,7 @@ class FakeEngine:
         max_tokens = self._admit(request_id, prompt_token_ids, sampling)
         prompt = self.model.tokenizer.decode(prompt_token_ids)
         answers = [
-            _Answer(index, self.script.reply(prompt, index), sampling, max_tokens)
+            _Answer(index, self.script.reply(prompt, index), sampling, max_tokens=max_tokens)
             for index in range(sampling.n)
         ]
         try:
@@ -121,7 +123,7 @@ class FakeEngine:
     def _next(self, answer: "_Answer") -> TextDelta:
         self.check_health()
         if answer.num_tokens == self.script.fail_after:
-            if isinstance(self.script.failure, Exception):
+            if isinstance(self.script.failure, BaseException):
                 raise self.script.failure
             error = self.script.failure
             return TextDelta(answer.index, "", finish_reason=FinishReason.ERROR, error=error)
@@ -132,7 +134,7 @@ class FakeEngine:
 class _Answer:
     """One answer, cut into deltas of one token each."""
 
-    def __init__(self, index: int, reply: str, sampling: SamplingParams, max_tokens: int):
+    def __init__(self, index: int, reply: str, sampling: SamplingParams, *, max_tokens: int):
         self.index = index
         self.num_tokens = 0
         self.deltas = self._run(reply, sampling, max_tokens)

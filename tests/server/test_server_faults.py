@@ -1,5 +1,6 @@
 """The fault table's rows that a request alone can cause: each is refused, named, and harmless."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -328,7 +329,8 @@ async def test_dead_engine(client: httpx.AsyncClient, engine: FakeEngine, stream
         assert error["code"] == "engine_dead"
 
 
-FAILURES: list[tuple[Exception | str, int, str, str]] = [
+FAILURES: list[tuple[BaseException | str, int, str, str]] = [
+    (asyncio.CancelledError(), 503, "cancelled", "the server cancelled the request"),
     ("the logits were not numbers", 500, "generation_failed", "the logits were not numbers"),
     (EngineDeadError("/secret/path.py died"), 503, "engine_dead", "the engine is not running"),
     (ValueError("<object at 0x7f>"), 500, "internal_error", "internal error"),
@@ -339,7 +341,7 @@ FAILURES: list[tuple[Exception | str, int, str, str]] = [
 async def test_failure_of_an_answer(
     client: httpx.AsyncClient,
     engine: FakeEngine,
-    failure: Exception | str,
+    failure: BaseException | str,
     status: int,
     code: str,
     message: str,
