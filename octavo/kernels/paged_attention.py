@@ -17,7 +17,7 @@ from octavo.kernels.dispatch import Case, Op
 from octavo.kernels.native import support
 
 NATIVE_BLOCK_SIZE = 16
-NATIVE_MAX_GROUP = 64  # query heads on one kv head
+NATIVE_MAX_GROUP = 96  # query heads on one kv head
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,17 @@ class AttentionBatch:
     block_tables: Tensor  # [B, W] int32: the cache blocks of each sequence, in order
     max_query_len: int
     max_context_len: int
+
+    def __post_init__(self) -> None:
+        starts, lengths, tables = self.query_starts, self.context_lens, self.block_tables
+        num_sequences = lengths.shape[0]
+        if (
+            not starts.dtype == lengths.dtype == tables.dtype == torch.int32
+            or (starts.shape[0], tables.shape[0]) != (num_sequences + 1, num_sequences)
+            or not (starts.is_contiguous() and lengths.is_contiguous() and tables.is_contiguous())
+        ):
+            rule = "starts [B+1], lengths [B] and tables [B, W] are contiguous int32"
+            raise support.refuse("attention", rule, starts=starts, lengths=lengths, tables=tables)
 
 
 class PagedAttention(Protocol):
@@ -85,21 +96,15 @@ def native_paged_attention(
     if num_heads % num_kv_heads or num_heads > NATIVE_MAX_GROUP * num_kv_heads:
         rule = f"Hq is a multiple of Hkv, at most {NATIVE_MAX_GROUP} times it"
         raise support.refuse("paged_attention", rule, query=query, kv_cache=kv_cache)
-    if query.stride(2) != 1 or not kv_cache.is_contiguous() or query.dtype is not kv_cache.dtype:
+    token_stride, head_stride, dense = query.stride()
+    if dense != 1 or not kv_cache.is_contiguous() or query.dtype is not kv_cache.dtype:
         rule = "dense heads, a contiguous cache, one dtype"
         raise support.refuse("paged_attention", rule, query=query, kv_cache=kv_cache)
-    starts, lengths, tables = batch.query_starts, batch.context_lens, batch.block_tables
-    if (
-        not starts.dtype == lengths.dtype == tables.dtype == torch.int32
-        or (starts.shape[0], lengths.shape[0]) != (num_sequences + 1, num_sequences)
-        or not (starts.is_contiguous() and lengths.is_contiguous() and tables.is_contiguous())
-    ):
-        rule = "starts [B+1], lengths [B] and tables [B, W] are contiguous int32"
-        raise support.refuse("paged_attention", rule, starts=starts, lengths=lengths, tables=tables)
     out = query.new_empty(tokens, num_heads, dim)
     native.library().paged_attention[query.dtype](
-        *(query.data_ptr(), query.stride(0), query.stride(1), kv_cache.data_ptr()),
-        *(starts.data_ptr(), lengths.data_ptr(), tables.data_ptr(), out.data_ptr()),
+        *(query.data_ptr(), token_stride, head_stride, kv_cache.data_ptr()),
+        *(batch.query_starts.data_ptr(), batch.context_lens.data_ptr()),
+        *(batch.block_tables.data_ptr(), out.data_ptr()),
         *(num_sequences, table_width, num_blocks, num_heads, num_kv_heads, dim),
         *(scale, torch.get_num_threads()),
     )

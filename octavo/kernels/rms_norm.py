@@ -42,7 +42,8 @@ def native_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """As RmsNorm; rows of x may be strided, and h is written over `residual`."""
     rows, width = x.shape
-    if x.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
+    row_stride, dense = x.stride()
+    if dense != 1 or weight.shape != (width,) or not weight.is_contiguous():
         raise refuse("rms_norm", "x is [T, H] with dense rows, weight [H]", x=x, weight=weight)
     if weight.dtype is not x.dtype:
         raise refuse("rms_norm", "one dtype throughout", x=x, weight=weight)
@@ -53,7 +54,7 @@ def native_rms_norm(
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     native.library().rms_norm[x.dtype](
         x.data_ptr(),
-        x.stride(0),
+        row_stride,
         0 if residual is None else residual.data_ptr(),
         weight.data_ptr(),
         normed.data_ptr(),

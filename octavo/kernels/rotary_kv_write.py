@@ -46,71 +46,70 @@ def reference_rotary_kv_write(
     reference_kv_write(key, value, kv_cache, slots)
 
 
-def _check_heads(op: str, **tensors: Tensor) -> None:
-    shapes = [t.shape for t in tensors.values()]
-    dtypes = {t.dtype for t in tensors.values()}
-    if (
-        len(dtypes) > 1
-        or any(len(shape) != 3 or shape[0] != shapes[0][0] for shape in shapes)
-        or any(shape[2] != shapes[0][2] for shape in shapes)
-        or any(t.stride(2) != 1 for t in tensors.values())
-    ):
-        raise refuse(op, "all are [T, heads, D] of one dtype with dense heads", **tensors)
-
-
-def _check_angles(op: str, query: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+def _angle_pointers(op: str, query: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[int, int]:
     tokens, _, dim = query.shape
-    if cos_sin.dtype is not torch.float32 or cos_sin.shape[1] != dim or dim % 2:
-        raise refuse(op, "cos_sin is [positions, D] fp32, D even", query=query, cos_sin=cos_sin)
-    if positions.dtype is not torch.int64 or positions.shape != (tokens,):
-        raise refuse(op, "positions is [T] int64", query=query, positions=positions)
-    if not (positions.is_contiguous() and cos_sin.is_contiguous()):
-        raise refuse(op, "positions and cos_sin are contiguous", p=positions, cos_sin=cos_sin)
-
-
-def _check_cache(op: str, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
-    tokens, heads, dim = key.shape
-    if value.shape != key.shape:
-        raise refuse(op, "key and value have one shape", key=key, value=value)
     if (
-        kv_cache.dim() != 5
-        or kv_cache.shape[2] != heads
-        or kv_cache.shape[4] != dim
-        or kv_cache.dtype is not key.dtype
-        or not kv_cache.is_contiguous()
+        cos_sin.dtype is not torch.float32
+        or cos_sin.shape[1] != dim
+        or dim % 2
+        or positions.dtype is not torch.int64
+        or positions.shape != (tokens,)
+        or not (positions.is_contiguous() and cos_sin.is_contiguous())
     ):
-        raise refuse(op, "kv_cache is [2, blocks, Hkv, 16, D] like key", key=key, cache=kv_cache)
-    if slots.dtype is not torch.int64 or slots.shape != (tokens,) or not slots.is_contiguous():
-        raise refuse(op, "slots is [T] int64", key=key, slots=slots)
+        rule = "positions is [T] int64, cos_sin [positions, D] fp32, D even, both contiguous"
+        raise refuse(op, rule, query=query, positions=positions, cos_sin=cos_sin)
+    return positions.data_ptr(), cos_sin.data_ptr()
+
+
+def _cache_fields(
+    op: str, key: Tensor, kv_cache: Tensor, slots: Tensor
+) -> tuple[int, int, int, int]:
+    tokens, num_kv_heads, dim = key.shape
+    halves, num_blocks, cache_heads, block_size, cache_dim = kv_cache.shape
+    if (
+        (halves, cache_heads, cache_dim) != (2, num_kv_heads, dim)
+        or kv_cache.dtype is not key.dtype
+        or slots.dtype is not torch.int64
+        or slots.shape != (tokens,)
+        or not (kv_cache.is_contiguous() and slots.is_contiguous())
+    ):
+        rule = "kv_cache is [2, blocks, Hkv, block_size, D] like key, slots [T] int64, contiguous"
+        raise refuse(op, rule, key=key, kv_cache=kv_cache, slots=slots)
+    return kv_cache.data_ptr(), num_blocks, block_size, slots.data_ptr()
+
+
+def _head_fields(op: str, like: Tensor, heads: Tensor) -> tuple[int, int, int, int]:
+    tokens, num_heads, dim = heads.shape
+    token_stride, head_stride, dense = heads.stride()
+    if dense != 1 or heads.dtype is not like.dtype or like.shape[::2] != (tokens, dim):
+        rule = "query, key and value are [T, heads, D] of one dtype with dense heads"
+        raise refuse(op, rule, like=like, heads=heads)
+    return heads.data_ptr(), token_stride, head_stride, num_heads
 
 
 def native_rotary(query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
     """As Rotary."""
-    _check_heads("rotary", query=query, key=key)
-    _check_angles("rotary", query, positions, cos_sin)
-    tokens, num_heads, dim = query.shape
     native.library().rotary_kv_write[query.dtype](
-        *(query.data_ptr(), query.stride(0), query.stride(1), num_heads),
-        *(key.data_ptr(), key.stride(0), key.stride(1), key.shape[1]),
-        *(0, 0, 0, key.shape[1]),
-        *(positions.data_ptr(), cos_sin.data_ptr()),
+        *_head_fields("rotary", query, query),
+        *_head_fields("rotary", query, key),
+        *(0, 0, 0, 0),
+        *_angle_pointers("rotary", query, positions, cos_sin),
         *(0, 0, 1, 0),
-        *(tokens, dim, torch.get_num_threads()),
+        *(query.shape[0], query.shape[2], torch.get_num_threads()),
     )
 
 
 def native_kv_write(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     """As KvWrite."""
-    _check_heads("kv_write", key=key, value=value)
-    _check_cache("kv_write", key, value, kv_cache, slots)
-    tokens, num_kv_heads, dim = key.shape
+    if value.shape != key.shape:
+        raise refuse("kv_write", "key and value have one shape", key=key, value=value)
     native.library().rotary_kv_write[key.dtype](
         *(0, 0, 0, 0),
-        *(key.data_ptr(), key.stride(0), key.stride(1), key.shape[1]),
-        *(value.data_ptr(), value.stride(0), value.stride(1), num_kv_heads),
+        *_head_fields("kv_write", key, key),
+        *_head_fields("kv_write", key, value),
         *(0, 0),
-        *(kv_cache.data_ptr(), kv_cache.shape[1], kv_cache.shape[3], slots.data_ptr()),
-        *(tokens, dim, torch.get_num_threads()),
+        *_cache_fields("kv_write", key, kv_cache, slots),
+        *(key.shape[0], key.shape[2], torch.get_num_threads()),
     )
 
 
@@ -124,17 +123,16 @@ def native_rotary_kv_write(
     slots: Tensor,
 ) -> None:
     """As RotaryKvWrite."""
-    _check_heads("rotary_kv_write", query=query, key=key, value=value)
-    _check_angles("rotary_kv_write", query, positions, cos_sin)
-    _check_cache("rotary_kv_write", key, value, kv_cache, slots)
-    tokens, num_heads, dim = query.shape
+    op = "rotary_kv_write"
+    if value.shape != key.shape:
+        raise refuse(op, "key and value have one shape", key=key, value=value)
     native.library().rotary_kv_write[query.dtype](
-        *(query.data_ptr(), query.stride(0), query.stride(1), num_heads),
-        *(key.data_ptr(), key.stride(0), key.stride(1), key.shape[1]),
-        *(value.data_ptr(), value.stride(0), value.stride(1), key.shape[1]),
-        *(positions.data_ptr(), cos_sin.data_ptr()),
-        *(kv_cache.data_ptr(), kv_cache.shape[1], kv_cache.shape[3], slots.data_ptr()),
-        *(tokens, dim, torch.get_num_threads()),
+        *_head_fields(op, query, query),
+        *_head_fields(op, query, key),
+        *_head_fields(op, query, value),
+        *_angle_pointers(op, query, positions, cos_sin),
+        *_cache_fields(op, key, kv_cache, slots),
+        *(query.shape[0], query.shape[2], torch.get_num_threads()),
     )
 
 

@@ -30,12 +30,13 @@ def reference_silu_mul(x: Tensor) -> Tensor:
 def native_silu_mul(x: Tensor) -> Tensor:
     """As SiluMul; rows of x may be strided. Rounds once, where the reference rounds twice."""
     rows, double_width = x.shape
-    if x.stride(1) != 1 or double_width % 2:
+    row_stride, dense = x.stride()
+    if dense != 1 or double_width % 2:
         raise refuse("silu_mul", "x is [T, 2I] with dense rows", x=x)
     out = x.new_empty(rows, double_width // 2)
     native.library().silu_mul[x.dtype](
         x.data_ptr(),
-        x.stride(0),
+        row_stride,
         out.data_ptr(),
         rows,
         double_width // 2,

@@ -57,6 +57,7 @@ OCTAVO_INLINE Lanes operator+(Lanes x, Lanes y) { OCTAVO_PIECEWISE(x.piece[p] + 
 OCTAVO_INLINE Lanes operator-(Lanes x, Lanes y) { OCTAVO_PIECEWISE(x.piece[p] - y.piece[p]) }
 OCTAVO_INLINE Lanes operator*(Lanes x, Lanes y) { OCTAVO_PIECEWISE(x.piece[p] * y.piece[p]) }
 OCTAVO_INLINE Lanes operator/(Lanes x, Lanes y) { OCTAVO_PIECEWISE(x.piece[p] / y.piece[p]) }
+// Of a NaN and a number both of these give y, as the machine's instructions do.
 OCTAVO_INLINE Lanes maximum(Lanes x, Lanes y) {
   OCTAVO_PIECEWISE(x.piece[p] > y.piece[p] ? x.piece[p] : y.piece[p])
 }
@@ -171,26 +172,35 @@ OCTAVO_INLINE void store_first(T* to, Lanes x, int count) {
 
 // --- functions ------------------------------------------------------------------------------
 
-// 2^x, relative error below 3e-7. Saturates at 2^-126 and 2^127; exp2(-inf) is about 1e-38.
+// 2^f for f in [-0.5, 0.5], relative error 1e-7.
+OCTAVO_INLINE Lanes exp2_fraction(Lanes f) {
+  Lanes y = broadcast(1.3264727e-3f);
+  y = y * f + broadcast(9.6715128e-3f);
+  y = y * f + broadcast(5.5507337e-2f);
+  y = y * f + broadcast(2.4022242e-1f);
+  y = y * f + broadcast(6.9314698e-1f);
+  return y * f + broadcast(1.0f);
+}
+
+// 2^x. A NaN stays, minus infinity gives zero; the ends of the range may saturate.
 OCTAVO_INLINE Lanes exp2(Lanes x) {
-  x = minimum(maximum(x, broadcast(-126.0f)), broadcast(127.0f));
+#if defined(__AVX512DQ__)
+  const __m512 whole = _mm512_roundscale_ps((__m512)x.piece[0], 0);
+  const Lanes y = exp2_fraction({(floats)_mm512_reduce_ps((__m512)x.piece[0], 0)});
+  return {(floats)_mm512_scalef_ps((__m512)y.piece[0], whole)};
+#else
+  x = minimum(broadcast(127.0f), maximum(broadcast(-127.0f), x));
   // Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
   const Lanes magic = broadcast(12582912.0f);
   const Lanes shifted = x + magic;
-  const Lanes f = x - (shifted - magic);  // in [-0.5, 0.5]
-  Lanes y = broadcast(1.5403530e-4f);
-  y = y * f + broadcast(1.3333558e-3f);
-  y = y * f + broadcast(9.6181291e-3f);
-  y = y * f + broadcast(5.5504109e-2f);
-  y = y * f + broadcast(2.4022651e-1f);
-  y = y * f + broadcast(6.9314718e-1f);
-  y = y * f + broadcast(1.0f);
+  const Lanes y = exp2_fraction(x - (shifted - magic));
   Lanes result;
   for (int p = 0; p < PIECES; ++p) {
     const ints exponent = (ints)shifted.piece[p] - (ints)magic.piece[p];
     result.piece[p] = (floats)((ints)y.piece[p] + (exponent << 23));
   }
   return result;
+#endif
 }
 
 constexpr float LOG2_E = 1.44269504f;

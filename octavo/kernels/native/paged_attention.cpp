@@ -14,10 +14,11 @@
 namespace octavo {
 
 constexpr int64_t BLOCK_TOKENS = 16;
-constexpr int64_t CHUNK_TOKENS = 64;
-constexpr int64_t MAX_TILE_QUERY_ROWS = 64;
+constexpr int64_t CHUNK_TOKENS = 128;
+constexpr int64_t MAX_TILE_QUERY_ROWS = 96;
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr int64_t DEPTH_STEP = 32;  // what AMX needs; chunks and heads are padded to it with zeros
+constexpr int64_t FETCH_AHEAD = 2;  // blocks
 constexpr int64_t MIN_PART_TOKENS = 128;
 
 template <class T>
@@ -49,17 +50,26 @@ struct Tile {
 
 // --- packing: 16 tokens or 16 dims a panel, in the storage of a way to multiply ----------------
 
+// While a block is packed, one that comes later is fetched line by line: blocks lie anywhere in
+// memory, so the hardware cannot guess it, and fetching it in one go would hold up the packing.
+template <class T>
+static OCTAVO_INLINE void fetch(const T* from) {
+  __builtin_prefetch(from);
+}
+
 // tokens x dim keys -> [panel of 16 tokens][depth of dim]: scores of a panel are one line.
 template <class T>
-static void pack_keys(const T* keys, int64_t dim, float* panel, Fp32Dot) {
+static void pack_keys(const T* keys, const T* later, int64_t dim, float* panel, Fp32Dot) {
+  for (int64_t i = 0; i < BLOCK_TOKENS * dim; i += LANES) fetch(later + i);
   for (int64_t d = 0; d < dim; ++d)
     for (int64_t t = 0; t < BLOCK_TOKENS; ++t) panel[d * LANES + t] = widen(keys[t * dim + d]);
 }
 
 // 16 tokens x dim values -> rows of every panel of 16 dims. Rows from `valid` on become zero.
 template <class T>
-static void pack_values(const T* values, int64_t valid, int64_t dim, float* panels,
-                        int64_t panel_stride, int64_t first_token, Fp32Dot) {
+static void pack_values(const T* values, const T* later, int64_t valid, int64_t dim,
+                        float* panels, int64_t panel_stride, int64_t first_token, Fp32Dot) {
+  for (int64_t i = 0; i < BLOCK_TOKENS * dim; i += LANES) fetch(later + i);
   for (int64_t t = 0; t < BLOCK_TOKENS; ++t)
     for (int64_t d = 0; d < dim; d += LANES)
       store(panels + d / LANES * panel_stride + (first_token + t) * LANES,
@@ -98,11 +108,13 @@ static OCTAVO_INLINE void transpose_words(const uint32_t* from, int64_t stride, 
   }
 }
 
-static void pack_keys(const bf16* keys, int64_t dim, bf16* panel, Bf16Dot) {
+static void pack_keys(const bf16* keys, const bf16* later, int64_t dim, bf16* panel, Bf16Dot) {
   int64_t d = 0;
-  for (; d + 32 <= dim; d += 32)
+  for (; d + 32 <= dim; d += 32) {
+    for (int64_t t = 0; t < BLOCK_TOKENS; ++t) fetch(later + d * BLOCK_TOKENS + t * 32);
     transpose_words(reinterpret_cast<const uint32_t*>(keys + d), dim / 2,
                     reinterpret_cast<uint32_t*>(panel + d * LANES));
+  }
   for (; d < dim; d += 2)
     for (int64_t t = 0; t < BLOCK_TOKENS; ++t) {
       panel[d * LANES + 2 * t] = keys[t * dim + d];
@@ -110,10 +122,11 @@ static void pack_keys(const bf16* keys, int64_t dim, bf16* panel, Bf16Dot) {
     }
 }
 
-static void pack_values(const bf16* values, int64_t valid, int64_t dim, bf16* panels,
-                        int64_t panel_stride, int64_t first_token, Bf16Dot) {
+static void pack_values(const bf16* values, const bf16* later, int64_t valid, int64_t dim,
+                        bf16* panels, int64_t panel_stride, int64_t first_token, Bf16Dot) {
   for (int64_t t = 0; t < BLOCK_TOKENS; t += 2)
     for (int64_t d = 0; d < dim; d += LANES) {
+      fetch(later + t * dim + 2 * d);
       const auto row = [&](int64_t token) {
         if (token >= valid) return _mm512_setzero_si512();
         return _mm512_cvtepu16_epi32(
@@ -137,43 +150,57 @@ struct Scratch {
   alignas(64) float scores[ROWS * CHUNK_TOKENS];
   alignas(64) typename Dot::Left weights[ROWS * CHUNK_TOKENS];
   alignas(64) float mixed[ROWS * MAX_HEAD_DIM];  // the weighted values so far, not yet divided
-  float top[ROWS];                               // largest score so far, in units of log2
-  float total[ROWS];                             // sum of the weights so far
+  float top[ROWS];           // about the largest score so far, in units of log2
+  float total[ROWS][LANES];  // sums of the weights so far, one a lane
 };
 
-// Turns a row of scores into weights 2^(score - top), rescaling what came before when top grows.
+// A weight is 2^(score - top) for a `top` near the largest score: any top gives the same quotient in
+// the end, so it moves, and what came before is rescaled, only when a score exceeds it by this much.
+constexpr float TOP_SLACK = 8.0f;
+
+// Turns the first `padded` scores of a row into weights; those from `visible` on weigh nothing.
 template <class Dot>
-static void softmax_row(Scratch<Dot>* scratch, int64_t row, int64_t visible, int64_t padded,
-                        int64_t padded_dim, float log2_scale) {
+static OCTAVO_INLINE void softmax_row(Scratch<Dot>* scratch, int64_t row, int64_t visible,
+                                      int64_t padded, int64_t padded_dim, float log2_scale) {
+  constexpr float MASKED = -std::numeric_limits<float>::infinity();
   typename Dot::Left* weights = scratch->weights + row * CHUNK_TOKENS;
   float* scores = scratch->scores + row * CHUNK_TOKENS;
-  int64_t end = std::clamp<int64_t>(visible, 0, padded);
-  for (int64_t t = round_up(end, LANES); t < padded; t += LANES) store(weights + t, zeros());
-  if (end == 0) return;
-  constexpr float MASKED = -std::numeric_limits<float>::infinity();
-  Lanes best = broadcast(MASKED);
-  for (int64_t t = 0; t < end; t += LANES) {
-    const Lanes s = keep_first(load(scores + t) * broadcast(log2_scale), int(end - t), MASKED);
-    store(scores + t, s);
-    best = maximum(best, s);
+  if (visible < padded) {
+    const int64_t end = std::max<int64_t>(visible, 0), partial = end / LANES * LANES;
+    if (end > partial)
+      store(scores + partial, keep_first(load(scores + partial), int(end - partial), MASKED));
+    for (int64_t t = round_up(end, LANES); t < padded; t += LANES)
+      store(weights + t, zeros());
+    if (end == 0) return;
+    padded = round_up(end, LANES);
   }
-  const float top = std::max(scratch->top[row], largest(best));
-  Lanes total = zeros();
-  for (int64_t t = 0; t < end; t += LANES) {
-    // exp2 saturates above zero: a masked token must weigh nothing at all.
-    const Lanes w = keep_first(exp2(load(scores + t) - broadcast(top)), int(end - t), 0.0f);
-    total = total + w;
-    store(weights + t, w);
-  }
-  if (top > scratch->top[row]) {
-    const float shrink = std::exp2(scratch->top[row] - top);
-    scratch->total[row] *= shrink;
-    float* mixed = scratch->mixed + row * padded_dim;
-    for (int64_t d = 0; d < padded_dim; d += LANES)
-      store(mixed + d, load(mixed + d) * broadcast(shrink));
+  Lanes best = load(scores);
+  for (int64_t t = LANES; t < padded; t += LANES) best = maximum(best, load(scores + t));
+  const float top = largest(best) * log2_scale;
+  if (top > scratch->top[row] + TOP_SLACK) {
+    const Lanes shrink = exp2(broadcast(scratch->top[row] - top));
+    float *mixed = scratch->mixed + row * padded_dim, *total = scratch->total[row];
+    for (int64_t d = 0; d < padded_dim; d += LANES) store(mixed + d, load(mixed + d) * shrink);
+    store(total, load(total) * shrink);
     scratch->top[row] = top;
   }
-  scratch->total[row] += sum(total);
+  const Lanes scale = broadcast(log2_scale), offset = broadcast(-scratch->top[row]);
+  Lanes total = load(scratch->total[row]);
+  for (int64_t t = 0; t < padded; t += LANES) {
+    const Lanes weight = exp2(load(scores + t) * scale + offset);
+    total = total + weight;
+    store(weights + t, weight);
+  }
+  store(scratch->total[row], total);
+}
+
+// Reads a block that nothing fetched ahead, line after line, as fast as memory can.
+template <class T>
+static void touch(const T* block, int64_t dim) {
+  for (int64_t i = 0; i < BLOCK_TOKENS * dim; i += 64 / sizeof(T)) {
+    const T line = block[i];
+    __asm__ volatile("" : : "m"(line));
+  }
 }
 
 // Leaves sum, top and mixed values of the tile's rows over context [begin, end) in `scratch`.
@@ -190,21 +217,34 @@ static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Ra
     for (int64_t d = 0; d < padded_dim; d += LANES)
       store(to + d, d < dim ? load(from + d) : zeros());
     scratch->top[r] = -std::numeric_limits<float>::infinity();
-    scratch->total[r] = 0;
+    store(scratch->total[r], zeros());
   }
   std::memset(scratch->mixed, 0, rows * padded_dim * sizeof(float));
   if (padded_dim != dim) std::memset(scratch->keys, 0, sizeof scratch->keys);
 
   const int32_t* table = on.block_tables + tile.sequence * on.table_width;
+  const int64_t first_block = context.begin / BLOCK_TOKENS;
+  const int64_t end_block = divide_up(context.end, BLOCK_TOKENS);
+  // After the last block come the first ones again, for the next head: likely this thread's task.
+  const int64_t next_head = std::min(kv_head + 1, on.kv_heads - 1);
+  for (int64_t b = first_block; b < std::min(end_block, first_block + FETCH_AHEAD); ++b) {
+    touch(on.keys(table[b], kv_head), dim);
+    touch(on.values(table[b], kv_head), dim);
+  }
   for (int64_t chunk = context.begin; chunk < context.end; chunk += CHUNK_TOKENS) {
     const int64_t tokens = std::min(CHUNK_TOKENS, context.end - chunk);
     const int64_t key_panels = divide_up(tokens, BLOCK_TOKENS);
     const int64_t padded = round_up(tokens, DEPTH_STEP);
     for (int64_t p = 0; p < key_panels; ++p) {
-      const int64_t block = table[chunk / BLOCK_TOKENS + p];
-      pack_keys(on.keys(block, kv_head), dim, scratch->keys + p * padded_dim * LANES, Dot());
-      pack_values(on.values(block, kv_head), tokens - p * BLOCK_TOKENS, dim, scratch->values,
-                  CHUNK_TOKENS * LANES, p * BLOCK_TOKENS, Dot());
+      const int64_t b = chunk / BLOCK_TOKENS + p, ahead = b + FETCH_AHEAD;
+      const bool wraps = ahead >= end_block;
+      const int64_t later = table[wraps ? std::min(ahead - end_block + first_block, b) : ahead];
+      const int64_t later_head = wraps ? next_head : kv_head;
+      pack_keys(on.keys(table[b], kv_head), on.keys(later, later_head), dim,
+                scratch->keys + p * padded_dim * LANES, Dot());
+      pack_values(on.values(table[b], kv_head), on.values(later, later_head),
+                  tokens - p * BLOCK_TOKENS, dim, scratch->values, CHUNK_TOKENS * LANES,
+                  p * BLOCK_TOKENS, Dot());
     }
     if (padded > key_panels * BLOCK_TOKENS)
       for (int64_t p = 0; p < dim_panels; ++p)
@@ -286,12 +326,14 @@ static void paged_attention(const Attention<T>& on) {
   const int64_t tasks = int64_t(tiles.size()) * on.kv_heads * parts;
   const int64_t width = partial_width(on.dim);
   const int64_t tile_rows = on.tile_queries() * group;
+  // With work to spare a thread takes all heads of a tile, one after the other.
+  const int grain = int64_t(tiles.size()) >= 4 * on.threads ? int(on.kv_heads) : 1;
   const std::unique_ptr<float[]> partials(parts > 1 ? new float[tasks * tile_rows * width]
                                                     : nullptr);
 #pragma omp parallel num_threads(on.threads) if (tasks > 1)
   {
     const std::unique_ptr<Scratch<Dot>> scratch(new Scratch<Dot>);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, grain)
     for (int64_t task = 0; task < tasks; ++task) {
       // From the last tile: the late queries of a chunk see the most, and long work goes first.
       const int64_t t = int64_t(tiles.size()) - 1 - task / (on.kv_heads * parts);
@@ -307,12 +349,12 @@ static void paged_attention(const Attention<T>& on) {
         const float* mixed = scratch->mixed + r * padded_dim;
         if (parts == 1) {
           write_row(on, tile.first_query + r / group, kv_head * group + r % group, mixed,
-                    scratch->total[r]);
+                    sum(load(scratch->total[r])));
           continue;
         }
         float* to = partials.get() + (task * tile_rows + r) * width;
         to[0] = scratch->top[r];
-        to[1] = scratch->total[r];
+        to[1] = sum(load(scratch->total[r]));
         std::memcpy(to + LANES, mixed, on.dim * sizeof(float));
       }
     }
