@@ -5,7 +5,7 @@
     ├── ModelError               a model cannot be found, read or run
     │   ├── ModelNotFoundError   no such alias, path or reachable hub id
     │   ├── CheckpointError      a file is truncated, lies about itself, or lacks tensors
-    │   └── UnsupportedModelError    the checkpoint is sound, but this architecture or option is not ours
+    │   └── UnsupportedModelError    the checkpoint is sound, but asks for what we lack
     ├── RequestError             one request is wrong; nothing else is affected
     │   ├── ContextLengthError   prompt + output exceed the model's context
     │   ├── CapacityError        the request can never fit the KV pool
@@ -46,7 +46,8 @@ class UnsupportedModelError(ModelError):
 class RequestError(OctavoError):
     """One request is wrong.
 
-    `param` names the offending field and `code` is a stable machine-readable word; both may be None.
+    `param` names the offending field, `code` is a stable machine-readable word; either may be
+    None.
     """
 
     code: str | None = None

@@ -45,7 +45,9 @@ def create_request(
 ) -> Request:
     return Request(
         request_id=request_id or f"request-{next(_ids)}",
-        prompt_token_ids=[(7 * i + num_prompt_tokens) % VOCAB_SIZE for i in range(num_prompt_tokens)],
+        prompt_token_ids=[
+            (7 * i + num_prompt_tokens) % VOCAB_SIZE for i in range(num_prompt_tokens)
+        ],
         sampling=SamplingParams(max_tokens=max_tokens, **sampling),
         seed=0,
     )

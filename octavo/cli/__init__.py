@@ -3,13 +3,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from octavo import __version__
 from octavo.cli import chat, explain, generate, serve
 from octavo.config import ALIASES, DEFAULT_MODEL
 from octavo.errors import OctavoError
 
-COMMANDS = {
+COMMANDS: dict[str, ModuleType] = {
     "serve": serve,
     "chat": chat,
     "generate": generate,
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status. Errors of ours are one line, without a traceback."""
     arguments = build_parser().parse_args(argv)
     try:
-        return COMMANDS[arguments.command].run(arguments)
+        status: int = COMMANDS[arguments.command].run(arguments)
+        return status
     except OctavoError as error:
         print(f"octavo: {error}", file=sys.stderr)
         return 1

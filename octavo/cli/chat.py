@@ -116,7 +116,7 @@ class Talk:
 
 @contextmanager
 def _interruptible() -> Iterator[list[bool]]:
-    """A list that becomes non-empty at Ctrl-C: an answer ends between two steps, never inside one."""
+    """A list that is not empty after a Ctrl-C: an answer ends between two steps, never in one."""
     seen: list[bool] = []
 
     def note(signum: int, frame: FrameType | None) -> None:

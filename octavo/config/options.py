@@ -26,7 +26,7 @@ class ModelOptions:
 
     dtype: str = option(
         "auto",
-        "number format of weights and activations; auto takes the checkpoint's, or bfloat16 for GGUF",
+        "number format of weights and activations; auto takes the checkpoint's (GGUF: bfloat16)",
         ("auto", "bfloat16", "float16", "float32"),
     )
     load_format: str = option(
@@ -133,9 +133,9 @@ def _check(options: EngineOptions) -> None:
             value, choices = getattr(values, f.name), f.metadata["choices"]
             if choices and value not in choices:
                 raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
-            if f.type in (int, int | None) and value is not None:
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    raise ConfigError(f"{f.name} must be a positive integer, got {value!r}")
+            is_count = f.type in (int, int | None) and value is not None
+            if is_count and (not isinstance(value, int) or value is True or value < 1):
+                raise ConfigError(f"{f.name} must be a positive integer, got {value!r}")
     if not 0.0 < options.cache.gpu_memory_utilization <= 1.0:
         raise ConfigError(
             "gpu_memory_utilization must be greater than 0 and at most 1, "

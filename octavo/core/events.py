@@ -7,7 +7,7 @@ from octavo.core.request import FinishReason
 
 
 class RequestEvent(msgspec.Struct, frozen=True, omit_defaults=True):
-    """News of one request. The event with a `finish_reason` is its last, and there is exactly one."""
+    """News of one request. Exactly one event has a `finish_reason`, and it is the last."""
 
     request_id: str
     token_ids: tuple[int, ...] = ()

@@ -78,7 +78,7 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
     None means "as many as fit". An explicit number must fit: nothing is cut silently.
 
     Raises:
-        ContextLengthError: the prompt leaves no room, or prompt and `max_tokens` exceed the context.
+        ContextLengthError: prompt, or prompt and `max_tokens`, exceed the context.
     """
     room = max_model_len - num_prompt_tokens
     if room < 1:

@@ -1,6 +1,5 @@
 """From options to a running engine core: the one place that puts all parts together."""
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,12 +19,10 @@ from octavo.config import (
 from octavo.engine.core import EngineCore
 from octavo.kvcache import PagedAllocator
 from octavo.layers import Build, KernelReport, finish_layers, kv_specs
-from octavo.models import create_model
+from octavo.models import Model, create_model
 from octavo.runner import ModelRunner, allocate_kv_caches, device_facts, measure_kv_cache_bytes
 from octavo.scheduler import Blocks, Scheduler, SequenceSlots, TokenBudget
 from octavo.weights import dummy_tensors, load_weights, read_tensors
-
-logger = logging.getLogger(__name__)
 
 PhaseListener = Callable[[str, float], None]  # (phase, seconds it took)
 
@@ -65,33 +62,49 @@ def build_engine(
         model_config = ModelConfig.from_checkpoint(checkpoint)
         config = resolve(options, model_config, device_facts(options.device.device))
     torch.set_num_threads(config.num_threads)
-    dtype = getattr(torch, config.dtype)
     with phase("load weights"):
-        build = Build(config.device, dtype)
-        model = create_model(model_config, build, max_positions=config.max_model_len)
-        slots = model.slots()
-        load_weights(
-            slots,
-            dummy_tensors(slots, dtype=dtype)
-            if config.load_format == "dummy"
-            else read_tensors(checkpoint, model_config, dtype=dtype),
-        )
+        model = load_model(checkpoint, config)
     with phase("lay out weights for kernels"):
         kernels = finish_layers(model)
     with phase("allocate KV cache"):
         if config.kv_cache_bytes is None:
             config = with_kv_cache_bytes(config, measure_kv_cache_bytes(model, config))
         num_blocks = (config.kv_cache_bytes or 0) // config.kv_block_bytes
-        kv_caches = allocate_kv_caches(
-            kv_specs(model),
-            num_blocks=num_blocks,
-            block_size=config.block_size,
-            dtype=dtype,
-            device=config.device,
-        )
-    runner = ModelRunner(model, kv_caches, block_size=config.block_size, device=config.device)
+        runner = create_runner(model, config, num_blocks)
+    scheduler = create_scheduler(config, num_blocks)
+    core = EngineCore(scheduler, runner, check_integrity=check_integrity)
+    return BuiltEngine(core, checkpoint, config, num_blocks, kernels)
+
+
+def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
+    """The model with its weights in place, not yet laid out for kernels."""
+    dtype = getattr(torch, config.dtype)
+    dummy = config.load_format == "dummy"
+    # Opened first: a damaged file is refused before anything is allocated for it.
+    tensors = None if dummy else read_tensors(checkpoint, config.model, dtype=dtype)
+    build = Build(config.device, dtype, config.block_size)
+    model = create_model(config.model, build, max_positions=config.max_model_len)
+    slots = model.slots()
+    load_weights(slots, tensors or dummy_tensors(slots, dtype=dtype, device=config.device))
+    return model
+
+
+def create_runner(model: Model, config: ResolvedConfig, num_blocks: int) -> ModelRunner:
+    """The executor of a model, with KV storage of its own."""
+    kv_caches = allocate_kv_caches(
+        kv_specs(model),
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        dtype=getattr(torch, config.dtype),
+        device=config.device,
+    )
+    return ModelRunner(model, kv_caches, block_size=config.block_size, device=config.device)
+
+
+def create_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
+    """The scheduler with the constraints that every engine has."""
     allocator = PagedAllocator(num_blocks, config.block_size)
-    scheduler = Scheduler(
+    return Scheduler(
         allocator,
         [
             TokenBudget(config.max_num_batched_tokens),
@@ -100,5 +113,3 @@ def build_engine(
         ],
         max_model_len=config.max_model_len,
     )
-    core = EngineCore(scheduler, runner, check_integrity=check_integrity)
-    return BuiltEngine(core, checkpoint, config, num_blocks, kernels)

@@ -1,8 +1,8 @@
 """`LLM`: the engine in the caller's process, for offline work. Knows no sockets and no HTTP."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -84,7 +84,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template."""
         first = messages[0] if messages else {}
-        conversations = [messages] if isinstance(first, Mapping) else messages
+        conversations = cast(
+            Sequence[Conversation], [messages] if isinstance(first, Mapping) else messages
+        )
         prompts: list[tuple[str | None, list[int]]] = [
             (None, self._tokenizer.encode_chat(conversation)) for conversation in conversations
         ]
@@ -92,7 +94,7 @@ class LLM:
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
-    ) -> Iterator[TextDelta]:
+    ) -> Generator[TextDelta, None, None]:
         """Complete one prompt piece by piece. Closing the iterator ends the request."""
         _, token_ids = self._encode(prompt)
         batch = _Batch(self._engine, self._tokenizer)

@@ -1,4 +1,4 @@
-"""What passes between the front-end process and the engine process: typed, msgpack, never pickle."""
+"""What passes between front-end process and engine process: typed, msgpack, never pickle."""
 
 import msgspec
 

@@ -28,7 +28,12 @@ class Attention(Layer):
 
     def __init__(self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, build: Build):
         super().__init__()
-        sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+        sizes = {
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+            "block_size": build.block_size,
+        }
         write = KV_WRITE.select(build.case(sizes))
         attend = PAGED_ATTENTION.select(build.case(sizes))
         self._choices = (write, attend)

@@ -18,6 +18,7 @@ class Build:
 
     device: str
     dtype: torch.dtype
+    block_size: int = 16  # tokens in a KV block
     group: ParallelGroup = field(default_factory=ParallelGroup)
     weights: WeightFormat = field(default_factory=DenseFormat)
 

@@ -37,7 +37,7 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 class Rotary(Layer):
-    """Rotates queries and keys by their positions. One for all layers of a model: it has a table."""
+    """Rotates queries and keys by their positions. All layers of a model share one table."""
 
     def __init__(
         self,

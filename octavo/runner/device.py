@@ -21,8 +21,8 @@ def device_facts(wanted: str) -> DeviceFacts:
     """
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
-            "device cuda was asked for, but torch sees no NVIDIA GPU; use --device cpu, or check the "
-            "driver and that a CUDA build of torch is installed"
+            "device cuda was asked for, but torch sees no NVIDIA GPU; use --device cpu, or check "
+            "the driver and that a CUDA build of torch is installed"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
         free, total = _host_memory()

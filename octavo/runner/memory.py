@@ -30,8 +30,8 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
     left = int(total * config.gpu_memory_utilization) - others - peak
     if left < config.kv_block_bytes:
         raise ConfigError(
-            f"no memory is left for the KV cache: weights and activations peak at {peak // MIB} MiB, "
-            f"others use {others // MIB} MiB, and {config.gpu_memory_utilization:.0%} of "
+            f"no memory is left for the KV cache: weights and activations peak at {peak // MIB} "
+            f"MiB, others use {others // MIB} MiB, and {config.gpu_memory_utilization:.0%} of "
             f"{total // MIB} MiB may be used; raise gpu_memory_utilization, or lower "
             "max_num_batched_tokens"
         )

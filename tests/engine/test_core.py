@@ -40,9 +40,7 @@ def test_any_workload_on_any_pool_gives_each_request_its_text_and_one_end(seed):
             events += news
         events += core.step()
     for request in requests:
-        expected = oracle_tokens(
-            request.prompt_token_ids, request.sampling.max_tokens, VOCAB_SIZE
-        )
+        expected = oracle_tokens(request.prompt_token_ids, request.sampling.max_tokens, VOCAB_SIZE)
         got = tokens_of(events, request.request_id)
         ends = [
             e.finish_reason
@@ -126,6 +124,4 @@ def test_one_bad_row_fails_alone():
     events = run_to_end(core)
     errors = [e for e in events if e.finish_reason is FinishReason.ERROR]
     assert [(e.request_id, e.error) for e in errors] == [(bad.request_id, "not finite")]
-    assert tokens_of(events, good.request_id) == oracle_tokens(
-        good.prompt_token_ids, 4, VOCAB_SIZE
-    )
+    assert tokens_of(events, good.request_id) == oracle_tokens(good.prompt_token_ids, 4, VOCAB_SIZE)

@@ -171,8 +171,12 @@ def test_stop_tokens_end_a_sequence_unless_they_are_to_be_ignored():
     for ignore, expected in ((False, FinishReason.STOP), (True, FinishReason.LENGTH)):
         core = create_core(create_scheduler())
         request = create_request(5, max_tokens=6, request_id="p", ignore_eos=ignore)
-        core.add(type(request)(**{f: getattr(request, f) for f in request.__struct_fields__}
-                                | {"eos_token_ids": (third,)}))
+        core.add(
+            type(request)(
+                **{f: getattr(request, f) for f in request.__struct_fields__}
+                | {"eos_token_ids": (third,)}
+            )
+        )
         events = run_to_end(core)
         assert events[-1].finish_reason is expected
         assert len(tokens_of(events, "p")) == (6 if ignore else 3)

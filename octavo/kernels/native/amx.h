@@ -50,7 +50,7 @@ inline void configure_tiles(int upper_rows, int lower_rows) {
 template <bool LOWER, bool RIGHT>
 inline void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* right,
                            int64_t panel_stride, int64_t depth, float* out, int64_t out_stride,
-                           bool accumulate) {
+                           bool accumulate, const bf16* upcoming) {
   const int64_t left_bytes = left_stride * sizeof(bf16), out_bytes = out_stride * sizeof(float);
   float* lower_out = out + TILE_ROWS * out_stride;
   if (accumulate) {
@@ -66,6 +66,11 @@ inline void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* ri
   }
   for (int64_t d = 0; d < depth; d += TILE_DEPTH) {
     const bf16* panel = right + d * LANES;
+    if (upcoming)
+      for (int64_t i = d * LANES; i < (d + TILE_DEPTH) * LANES; i += 64 / sizeof(bf16)) {
+        __builtin_prefetch(upcoming + i, 0, 2);
+        if (RIGHT) __builtin_prefetch(upcoming + panel_stride + i, 0, 2);
+      }
     _tile_loadd(4, left + d, left_bytes);
     _tile_loadd(6, panel, 64);
     _tile_dpbf16ps(0, 4, 6);
@@ -88,19 +93,22 @@ inline void multiply_tiles(const bf16* left, int64_t left_stride, const bf16* ri
 // The contract of `multiply` in multiply.h; depth is a multiple of 32.
 inline void amx_multiply(int64_t rows, int64_t panels, const bf16* left, int64_t left_stride,
                          const bf16* right, int64_t panel_stride, int64_t depth, float* out,
-                         int64_t out_stride, bool accumulate) {
+                         int64_t out_stride, bool accumulate, const bf16* upcoming) {
   // gcc 12's tile loads do not say that they read memory: finish all stores first.
   __asm__ volatile("" : : : "memory");
   for (int64_t r = 0; r < rows; r += 2 * TILE_ROWS) {
     const int upper = int(std::min<int64_t>(rows - r, TILE_ROWS));
     const int lower = int(std::clamp<int64_t>(rows - r - TILE_ROWS, 0, TILE_ROWS));
-    configure_tiles(upper, lower);
+    // All strips are full but the last.
+    if (r == 0 || lower < TILE_ROWS) configure_tiles(upper, lower);
     for (int64_t p = 0; p < panels; p += 2) {
       const bool has_right = p + 1 < panels;
-      const auto tiles = lower ? (has_right ? multiply_tiles<true, true> : multiply_tiles<true, false>)
-                               : (has_right ? multiply_tiles<false, true> : multiply_tiles<false, false>);
+      const auto tiles =
+          lower ? (has_right ? multiply_tiles<true, true> : multiply_tiles<true, false>)
+                : (has_right ? multiply_tiles<false, true> : multiply_tiles<false, false>);
       tiles(left + r * left_stride, left_stride, right + p * panel_stride, panel_stride, depth,
-            out + r * out_stride + p * LANES, out_stride, accumulate);
+            out + r * out_stride + p * LANES, out_stride, accumulate,
+            upcoming && r == 0 ? upcoming + p * panel_stride : nullptr);
     }
   }
   _tile_release();

@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,11 @@ def _compile(command: list[str], path: Path) -> None:
             f"the cache folder {path.parent} cannot be written ({failure}); set OCTAVO_CACHE_DIR"
         ) from failure
     with workspace as folder:
+        sources = _sources(".cpp")
+        objects = [str(Path(folder) / f"{source.stem}.o") for source in sources]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers are processes of their own
+            jobs = zip(sources, objects, strict=True)
+            list(pool.map(lambda job: _run([*command, "-c", str(job[0]), "-o", job[1]]), jobs))
         fresh = Path(folder) / path.name
-        _run([*command, "-shared", *map(str, _sources(".cpp")), "-o", str(fresh)])
+        _run([*command, "-shared", *objects, "-o", str(fresh)])
         os.replace(fresh, path)

@@ -9,6 +9,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch  # loaded first, so that the library shares torch's libgomp and its pool of threads
 
@@ -68,7 +69,7 @@ class Library:
         return (*words().decode().split(), *(("amx_bf16",) if granted() else ()))
 
 
-def _caller(function, layout: str) -> Call:
+def _caller(function: Any, layout: str) -> Call:
     function.argtypes, function.restype = [ctypes.c_char_p], None
     pack = struct.Struct(layout).pack
 

@@ -10,7 +10,7 @@
 namespace octavo {
 
 #if defined(__AVX512F__)
-constexpr int MAX_TILE_ROWS = 6, MAX_TILE_PANELS = 4;  // 24 sums + 4 lines + a spread left: 32 registers
+constexpr int MAX_TILE_ROWS = 6, MAX_TILE_PANELS = 4;  // 24 of 32 registers hold sums
 #else
 constexpr int MAX_TILE_ROWS = 4, MAX_TILE_PANELS = 1;  // 8 of AVX2's 16 registers hold sums
 #endif
@@ -96,7 +96,7 @@ static void multiply(int64_t rows, int64_t panels, const Operands<Dot>& on) {
     // Below eight rows a tile is mostly empty, and the product is bound by memory either way.
     if (rows >= 8 && on.depth % TILE_DEPTH == 0 && amx_granted())
       return amx_multiply(rows, panels, on.left, on.left_stride, on.right, on.panel_stride,
-                          on.depth, on.out, on.out_stride, on.accumulate);
+                          on.depth, on.out, on.out_stride, on.accumulate, on.upcoming);
   }
 #endif
   for (int64_t p = 0, width; p < panels; p += width) {

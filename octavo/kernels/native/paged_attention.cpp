@@ -296,8 +296,8 @@ static int64_t count_parts(const Attention<T>& on, const std::vector<Tile>& tile
   if (tasks == 0 || tasks >= 4 * threads) return 1;
   int64_t longest = 0;
   for (const Tile& tile : tiles) longest = std::max(longest, context_of(on, tile));
-  const int64_t wanted = tasks % threads == 0 && tasks >= threads ? 1 : divide_up(4 * threads, tasks);
-  return std::clamp<int64_t>(longest / MIN_PART_TOKENS, 1, wanted);
+  if (tasks >= threads && tasks % threads == 0) return 1;
+  return std::clamp<int64_t>(longest / MIN_PART_TOKENS, 1, divide_up(4 * threads, tasks));
 }
 
 // Per row of a part: its top, its sum, then its mixed values.

