@@ -71,11 +71,14 @@ static void multiply_block(const Linear& on, int64_t first_row, int64_t rows,
 static void multiply_share(const Linear& on) {
   const int64_t step = on.gated ? 2 : 1;                 // a gate and its up stay together
   const int64_t columns = divide_up(on.outputs, LANES);  // panels, or pairs of them
-  const Range mine = my_share(divide_up(on.rows, BLOCK_ROWS) * columns);
+  if (on.rows == 0) return;
+  const int64_t blocks = divide_up(on.rows, BLOCK_ROWS);
+  const int64_t block_rows = divide_up(on.rows, blocks);  // even, so that even shares are fair
+  const Range mine = my_share(blocks * columns);
   for (int64_t unit = mine.begin, width; unit < mine.end; unit += width) {
-    const int64_t first_row = unit / columns * BLOCK_ROWS, column = unit % columns;
+    const int64_t first_row = unit / columns * block_rows, column = unit % columns;
     width = even_share(std::min(columns - column, mine.end - unit), int(GROUP_PANELS / step));
-    multiply_block(on, first_row, std::min(BLOCK_ROWS, on.rows - first_row), column * step,
+    multiply_block(on, first_row, std::min(block_rows, on.rows - first_row), column * step,
                    width * step, unit + width == mine.end || column + width == columns);
   }
 }

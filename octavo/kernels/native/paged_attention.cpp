@@ -154,8 +154,8 @@ struct Scratch {
   float total[ROWS][LANES];  // sums of the weights so far, one a lane
 };
 
-// A weight is 2^(score - top) for a `top` near the largest score: any top gives the same quotient in
-// the end, so it moves, and what came before is rescaled, only when a score exceeds it by this much.
+// A weight is 2^(score - top) for a `top` near the largest score. Any top gives the same quotient
+// in the end, so it moves (and what came before is rescaled) only when exceeded by this much.
 constexpr float TOP_SLACK = 8.0f;
 
 // Turns the first `padded` scores of a row into weights; those from `visible` on weigh nothing.
