@@ -4,7 +4,7 @@ import argparse
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -74,32 +74,32 @@ class Talk:
         """Say something; print the answer as it comes. A Ctrl-C keeps what came so far."""
         messages = [*self._messages, {"role": "user", "content": text}]
         said = ""
-        try:
-            token_ids = self._llm.get_tokenizer().encode_chat(messages)
-            for piece in self._timed(token_ids):
-                print(piece, end="", flush=True)
-                said += piece
-        except RequestError as error:
-            print(f"[{error}; /reset starts a new conversation]")
-            return
+        with _interruptible() as interrupted:
+            try:
+                token_ids = self._llm.get_tokenizer().encode_chat(messages)
+                for piece in self._timed(token_ids):
+                    print(piece, end="", flush=True)
+                    said += piece
+                    if interrupted:
+                        print(" [stopped]", end="")
+                        break
+            except RequestError as error:
+                print(f"[{error}; /reset starts a new conversation]")
+                return
         print()
         self._messages = [*messages, {"role": "assistant", "content": said}]
 
     def _timed(self, token_ids: list[int]) -> Iterator[str]:
+        """Pieces of the answer; leaving early ends the request."""
         start = time.perf_counter()
         self._num_tokens = 0
-        deltas = self._llm.stream(token_ids, self._sampling)
-        with _interruptible() as interrupted:
+        with closing(self._llm.stream(token_ids, self._sampling)) as deltas:
             for delta in deltas:
                 self._total_s = time.perf_counter() - start
                 if self._num_tokens == 0:
                     self._ttft_s = self._total_s
                 self._num_tokens += len(delta.token_ids)
                 yield delta.text
-                if interrupted:
-                    deltas.close()
-                    print(" [stopped]", end="")
-                    return
 
     def stats(self) -> str:
         """Figures of the last answer, and how full the KV cache is."""
