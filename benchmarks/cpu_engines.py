@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterator
 import torch
 from workload import Work, batch, prefill, random_ids, single
 
+from octavo.config import DEFAULT_MODEL
+
 # (answer tokens of each request, seconds until the first token, seconds until the last)
 Timing = tuple[list[list[int]], float, float]
 Run = Callable[[Work], Timing]
 
 
-def octavo(dtype: str, threads: int) -> Run:
+def octavo(model: str, dtype: str, threads: int) -> Run:
     """Octavo's engine core, in process."""
-    from octavo.config import DEFAULT_MODEL, EngineOptions
+    from octavo.config import EngineOptions
     from octavo.core import Request, SamplingParams
     from octavo.engine import build_engine
 
     options = {"dtype": dtype, "num_threads": threads, "device": "cpu"}
-    core = build_engine(EngineOptions.from_flat(DEFAULT_MODEL, options)).core
+    core = build_engine(EngineOptions.from_flat(model, options)).core
 
     def run(work: Work) -> Timing:
         answers: dict[str, list[int]] = {}
@@ -42,16 +44,11 @@ def octavo(dtype: str, threads: int) -> Run:
     return run
 
 
-def transformers(dtype: str, threads: int) -> Run:
+def transformers(directory: str, dtype: str, threads: int) -> Run:
     """transformers' `generate`: one static batch, padded on the left, to the longest output."""
     from transformers import AutoModelForCausalLM
 
-    from octavo.config import DEFAULT_MODEL, locate
-
-    path = locate(DEFAULT_MODEL).path
-    model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=getattr(torch, dtype)
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     times: list[float] = []
@@ -118,12 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("engine", choices=("octavo", "transformers"))
     parser.add_argument("dtype", choices=("bfloat16", "float32"))
+    parser.add_argument("--model", default=DEFAULT_MODEL)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     create = {"octavo": octavo, "transformers": transformers}[arguments.engine]
-    run = create(arguments.dtype, arguments.threads)
+    run = create(arguments.model, arguments.dtype, arguments.threads)
     print(json.dumps({"metric": "ready"}), flush=True)
     checked(run, [(random_ids(64, 0), 8)])
     for metric, value in measure(run, arguments.repeats):

@@ -3,7 +3,9 @@
 import argparse
 import ast
 import importlib
+import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +36,6 @@ LAYERS = (
     "server",
     "sim",
     "testing",
-    "bench",
     "cli",
 )
 WITHOUT_TORCH = ("errors", "core", "config", "kvcache", "scheduler", "text", "server", "sim", "cli")
@@ -195,7 +196,7 @@ def all_flags():
 def test_flags_and_make_targets_in_the_docs_exist(document):
     text = (ROOT / document).read_text()
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    for target in re.findall(r"make ([a-z][a-z-]*)", text):
+    for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.M):
         assert target in targets, f"{document}: make {target}"
     for line in re.findall(r"octavo (?:serve|chat|generate|explain)[^\n`]*", text):
         for flag in re.findall(r"--[a-z][a-z-]+", line):
@@ -204,3 +205,14 @@ def test_flags_and_make_targets_in_the_docs_exist(document):
 
 def test_the_reference_page_is_what_the_parser_says():
     assert (ROOT / "docs" / "flags.md").read_text() == reference_page(), "run: make docs"
+
+
+def test_the_readme_shows_the_committed_figures():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import cpu
+    finally:
+        sys.path.pop(0)
+    text = (ROOT / "README.md").read_text()
+    shown = text.split(cpu.TABLE_START)[1].split(cpu.TABLE_END)[0]
+    assert shown == cpu.markdown(json.loads(cpu.RESULTS.read_text())), "run: make bench-cpu"
