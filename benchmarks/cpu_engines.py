@@ -25,7 +25,12 @@ def octavo(model: str, dtype: str, threads: int) -> Run:
     from octavo.core import Request, SamplingParams
     from octavo.engine import build_engine
 
-    options = {"dtype": dtype, "num_threads": threads, "device": "cpu"}
+    options = {
+        "dtype": dtype,
+        "num_threads": threads,
+        "device": "cpu",
+        "enable_prefix_caching": False,  # as with the peers; prompts are new each time anyway
+    }
     core = build_engine(EngineOptions.from_flat(model, options)).core
 
     def run(work: Work) -> Timing:

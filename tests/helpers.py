@@ -2,9 +2,9 @@
 
 import itertools
 
-from octavo.core import Executor, Request, RequestEvent, SamplingParams
+from octavo.core import Executor, Request, RequestEvent, RequestOptions, SamplingParams
 from octavo.engine import EngineCore
-from octavo.kvcache import PagedAllocator
+from octavo.kvcache import PagedAllocator, PrefixAllocator
 from octavo.scheduler import Blocks, Scheduler, SequenceSlots, TokenBudget
 from octavo.sim import FakeExecutor
 
@@ -19,8 +19,10 @@ def create_scheduler(
     max_num_batched_tokens: int = 16,
     max_num_seqs: int = 8,
     max_model_len: int = 256,
+    prefix_caching: bool = False,
 ) -> Scheduler:
-    allocator = PagedAllocator(num_blocks, block_size)
+    kind = PrefixAllocator if prefix_caching else PagedAllocator
+    allocator = kind(num_blocks, block_size)
     constraints = [
         TokenBudget(max_num_batched_tokens),
         SequenceSlots(max_num_seqs),
@@ -41,15 +43,22 @@ def create_core(scheduler: Scheduler, executor: Executor | None = None) -> Engin
 
 
 def create_request(
-    num_prompt_tokens: int = 5, max_tokens: int = 4, *, request_id: str | None = None, **sampling
+    num_prompt_tokens: int = 5,
+    max_tokens: int = 4,
+    *,
+    request_id: str | None = None,
+    prompt: list[int] | None = None,
+    cache_salt: str | None = None,
+    **sampling,
 ) -> Request:
+    if prompt is None:
+        prompt = [(7 * i + num_prompt_tokens) % VOCAB_SIZE for i in range(num_prompt_tokens)]
     return Request(
         request_id=request_id or f"request-{next(_ids)}",
-        prompt_token_ids=[
-            (7 * i + num_prompt_tokens) % VOCAB_SIZE for i in range(num_prompt_tokens)
-        ],
+        prompt_token_ids=prompt,
         sampling=SamplingParams(max_tokens=max_tokens, **sampling),
         seed=0,
+        options=RequestOptions(cache_salt=cache_salt),
     )
 
 

@@ -52,6 +52,9 @@ class CacheOptions:
     """How much KV memory there is and how it is cut."""
 
     block_size: int = option(16, "tokens in a KV block")
+    enable_prefix_caching: bool = option(
+        True, "reuse the KV of prompts' common beginnings, found by their full blocks"
+    )
     kv_cache_memory_bytes: int | None = option(
         None, "bytes for the KV cache; default: 1 GiB on a CPU, what is left on a GPU"
     )
@@ -136,6 +139,8 @@ def _check(options: EngineOptions) -> None:
             is_count = f.type in (int, int | None) and value is not None
             if is_count and (not isinstance(value, int) or value is True or value < 1):
                 raise ConfigError(f"{f.name} must be a positive integer, got {value!r}")
+            if f.type is bool and not isinstance(value, bool):
+                raise ConfigError(f"{f.name} must be true or false, got {value!r}")
     if not 0.0 < options.cache.gpu_memory_utilization <= 1.0:
         raise ConfigError(
             "gpu_memory_utilization must be greater than 0 and at most 1, "

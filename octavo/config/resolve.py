@@ -53,6 +53,7 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    enable_prefix_caching: bool
     kv_cache_bytes: int | None
     gpu_memory_utilization: float
     settings: tuple[Setting, ...]
@@ -129,6 +130,9 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
+        enable_prefix_caching=ledger.as_given(
+            "enable_prefix_caching", options.cache.enable_prefix_caching, "costs next to nothing"
+        ),
         kv_cache_bytes=kv_cache_bytes,
         gpu_memory_utilization=utilization,
         settings=(),

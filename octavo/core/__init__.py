@@ -13,6 +13,7 @@ from octavo.core.protocols import Clock, Executor, SystemClock
 from octavo.core.request import (
     FinishReason,
     Request,
+    RequestOptions,
     check_prompt,
     check_sampling_ids,
     resolve_max_tokens,
@@ -28,6 +29,7 @@ __all__ = [
     "NewSequence",
     "Request",
     "RequestEvent",
+    "RequestOptions",
     "SampledToken",
     "SamplingParams",
     "ScheduledTokens",

@@ -14,6 +14,7 @@ class RequestEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of `token_ids` when asked for
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
+    num_cached_tokens: int = 0  # with the first token: of the prompt, found in the prefix cache
 
 
 class EngineStats(msgspec.Struct, frozen=True):
@@ -27,3 +28,5 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_steps: int  # since start
     num_prompt_tokens: int  # computed since start
     num_generation_tokens: int  # sampled since start
+    num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache since start
+    num_prefix_hits: int = 0  # and those found there

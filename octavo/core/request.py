@@ -8,6 +8,8 @@ import msgspec
 from octavo.core.sampling import SamplingParams
 from octavo.errors import ContextLengthError, RequestError
 
+MAX_SALT_CHARS = 256
+
 
 class FinishReason(enum.StrEnum):
     """Why a request ended. The values are those of the OpenAI API, plus `abort` and `error`."""
@@ -18,11 +20,28 @@ class FinishReason(enum.StrEnum):
     ERROR = "error"  # this request failed; its event carries the reason
 
 
+class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """How a request wants to be treated, besides how its tokens are drawn.
+
+    cache_salt: requests with different salts never share cached prefixes; a secret of one tenant
+        hides from the others what it asked (arXiv 2411.18191 measures the leak).
+    """
+
+    cache_salt: str | None = None
+
+    def __post_init__(self) -> None:
+        salt = self.cache_salt
+        if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_CHARS):
+            raise RequestError(
+                f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters",
+                param="cache_salt",
+            )
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. Built once by the front end and never changed.
 
-    `seed` is always set: the front end draws one where the user gave none, so that a request that
-    is recomputed after preemption draws the same tokens again.
+    `seed` is what draws are made from; `SamplingParams.seed` is only what the user asked for.
     """
 
     request_id: str
@@ -31,6 +50,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     eos_token_ids: tuple[int, ...] = ()
     arrival_time_s: float = 0.0
+    options: RequestOptions = RequestOptions()
+
+    @property
+    def cache_extras(self) -> tuple[str, ...]:
+        """What a prefix's KV depends on besides its tokens, or must be kept apart by."""
+        salt = self.options.cache_salt
+        return () if salt is None else ("salt", salt)
 
     @property
     def stop_ids(self) -> frozenset[int]:

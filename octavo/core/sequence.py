@@ -28,9 +28,12 @@ class Sequence:
 
     __slots__ = (
         "block_ids",
+        "block_keys",
         "finish_reason",
         "max_num_tokens",
+        "num_cached_tokens",
         "num_computed_tokens",
+        "num_named_blocks",
         "num_preemptions",
         "num_prompt_tokens",
         "request",
@@ -47,7 +50,12 @@ class Sequence:
         self.stop_ids = request.stop_ids
         self.num_computed_tokens = 0
         self.num_preemptions = 0
-        self.block_ids: list[int] = []  # the block table; written by the allocator alone
+        self.num_cached_tokens = 0  # of the prompt, found in the prefix cache at first admission
+        # Written by the allocator alone: the block table, the names of its full blocks as far as
+        # they were needed, and how many blocks can be found by theirs.
+        self.block_ids: list[int] = []
+        self.block_keys: list[bytes] = []
+        self.num_named_blocks = 0
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
 

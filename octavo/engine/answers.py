@@ -7,6 +7,8 @@ import hashlib
 import secrets
 from collections.abc import Iterator
 
+import msgspec
+
 from octavo.core import (
     FinishReason,
     Request,
@@ -20,24 +22,19 @@ from octavo.engine.interface import TextDelta
 from octavo.text import IncrementalDetokenizer, StopStrings, Tokenizer
 
 
-def fan_out(
-    request_id: str,
-    prompt_token_ids: list[int],
-    sampling: SamplingParams,
-    eos_token_ids: tuple[int, ...],
-) -> Iterator[Request]:
-    """The `n` engine requests behind one user request; each has a seed of its own.
+def fan_out(request: Request) -> Iterator[Request]:
+    """The `n` engine requests behind one user request; each has an id and a seed of its own.
 
-    Answer 0 uses the user's seed, so that `n` does not change it.
+    Answer 0 uses the user's seed, so that `n` does not change it. Where the user gave none, one is
+    drawn here, so that a request that is computed again after preemption draws the same tokens.
     """
+    sampling = request.sampling
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
     for index in range(sampling.n):
-        yield Request(
-            request_id=f"{request_id}#{index}",
-            prompt_token_ids=prompt_token_ids,
-            sampling=sampling,
+        yield msgspec.structs.replace(
+            request,
+            request_id=f"{request.request_id}#{index}",
             seed=seed if index == 0 else _derived_seed(seed, index),
-            eos_token_ids=eos_token_ids,
         )
 
 
@@ -96,6 +93,7 @@ class Answer:
             finish_reason,
             stop_reason,
             event.error,
+            event.num_cached_tokens,
         )
 
     def _text_of(self, token_ids: tuple[int, ...], *, final: bool) -> tuple[str, str | None]:

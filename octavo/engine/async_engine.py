@@ -19,9 +19,9 @@ import zmq.asyncio
 
 from octavo import errors
 from octavo.config import EngineOptions
-from octavo.core import EngineStats, RequestEvent, SamplingParams
+from octavo.core import EngineStats, Request, RequestEvent, RequestOptions, SamplingParams
 from octavo.engine.answers import Answer, check_request, fan_out
-from octavo.engine.interface import ServedModel, TextDelta
+from octavo.engine.interface import DEFAULT_OPTIONS, ServedModel, TextDelta
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
@@ -133,7 +133,11 @@ class AsyncEngine:
         await asyncio.to_thread(self._process.stop)
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> AsyncIterator[TextDelta]:
         """See `ServingEngine.generate`."""
         self.check_health()
@@ -145,7 +149,15 @@ class AsyncEngine:
         )
         self._check_room(sampling.n)
         stream = _Stream()
-        requests = list(fan_out(request_id, prompt_token_ids, sampling, self._ready.eos_token_ids))
+        template = Request(
+            request_id=request_id,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            seed=0,
+            eos_token_ids=self._ready.eos_token_ids,
+            options=options,
+        )
+        requests = list(fan_out(template))
         for index, request in enumerate(requests):
             stream.open[request.request_id] = Answer(index, request, self._tokenizer)
             self._streams[request.request_id] = stream

@@ -17,7 +17,7 @@ from octavo.config import (
     with_kv_cache_bytes,
 )
 from octavo.engine.core import EngineCore
-from octavo.kvcache import PagedAllocator
+from octavo.kvcache import PagedAllocator, PrefixAllocator
 from octavo.layers import Build, KernelReport, finish_layers, kv_specs
 from octavo.models import Model, create_model
 from octavo.runner import ModelRunner, allocate_kv_caches, device_facts, measure_kv_cache_bytes
@@ -103,7 +103,8 @@ def create_runner(model: Model, config: ResolvedConfig, num_blocks: int) -> Mode
 
 def create_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
     """The scheduler with the constraints that every engine has."""
-    allocator = PagedAllocator(num_blocks, config.block_size)
+    kind = PrefixAllocator if config.enable_prefix_caching else PagedAllocator
+    allocator = kind(num_blocks, config.block_size)
     return Scheduler(
         allocator,
         [

@@ -7,8 +7,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from octavo.core import EngineStats, FinishReason, SamplingParams, TokenLogprobs
+from octavo.core import EngineStats, FinishReason, RequestOptions, SamplingParams, TokenLogprobs
 from octavo.text import Tokenizer
+
+DEFAULT_OPTIONS = RequestOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,7 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended the answer
     error: str | None = None  # with finish_reason "error": a sentence for the client
+    num_cached_tokens: int = 0  # with the first token: of the prompt, found in the prefix cache
 
 
 class ServingEngine(Protocol):
@@ -44,7 +47,11 @@ class ServingEngine(Protocol):
     model: ServedModel
 
     def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> AsyncIterator[TextDelta]:
         """Stream the `n` answers to one prompt, interleaved, one final delta for each index.
 

@@ -2,20 +2,22 @@
 
 import itertools
 from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 from tqdm import tqdm
 
 from octavo.config import EngineOptions
-from octavo.core import EngineStats, FinishReason, SamplingParams
+from octavo.core import EngineStats, FinishReason, Request, RequestOptions, SamplingParams
 from octavo.engine.answers import Answer, check_request, fan_out
 from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
-from octavo.engine.interface import TextDelta
+from octavo.engine.interface import DEFAULT_OPTIONS, TextDelta
 from octavo.engine.outputs import CompletionOutput, RequestOutput
 from octavo.errors import OctavoError, RequestError
 from octavo.text import Tokenizer, load_tokenizer
 
-Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt_token_ids": [...]}
+# Text, token ids, or a mapping with "prompt" or "prompt_token_ids", and perhaps "cache_salt".
+Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
 
 
@@ -87,51 +89,51 @@ class LLM:
         conversations = cast(
             Sequence[Conversation], [messages] if isinstance(first, Mapping) else messages
         )
-        prompts: list[tuple[str | None, list[int]]] = [
-            (None, self._tokenizer.encode_chat(conversation)) for conversation in conversations
-        ]
+        prompts = [_Prompt(self._tokenizer.encode_chat(one)) for one in conversations]
         return self._run(prompts, sampling_params, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
         """Complete one prompt piece by piece. Closing the iterator ends the request."""
-        _, token_ids = self._encode(prompt)
+        encoded = self._encode(prompt)
         batch = _Batch(self._engine, self._tokenizer)
         try:
-            batch.add(str(next(self._ids)), token_ids, sampling_params or SamplingParams())
+            batch.add(str(next(self._ids)), encoded, sampling_params or SamplingParams())
             while batch.open:
                 for _, delta in batch.step():
                     yield delta
         finally:
             batch.abort()
 
-    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return None, list(prompt["prompt_token_ids"])
-            if "prompt" not in prompt:
-                raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'", param="prompt")
-            prompt = str(prompt["prompt"])
+    def _encode(self, prompt: Prompt) -> "_Prompt":
         if isinstance(prompt, str):
-            return prompt, self._tokenizer.encode(prompt)
-        return None, list(prompt)
+            return _Prompt(self._tokenizer.encode(prompt), prompt)
+        if not isinstance(prompt, Mapping):
+            return _Prompt(list(prompt))
+        options = RequestOptions(cache_salt=prompt.get("cache_salt"))
+        if "prompt_token_ids" in prompt:
+            return _Prompt(list(prompt["prompt_token_ids"]), None, options)
+        if "prompt" not in prompt:
+            raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'", param="prompt")
+        text = str(prompt["prompt"])
+        return _Prompt(self._tokenizer.encode(text), text, options)
 
     def _run(
         self,
-        prompts: list[tuple[str | None, list[int]]],
+        prompts: "list[_Prompt]",
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         sampling = _one_each(sampling_params, len(prompts))
         batch = _Batch(self._engine, self._tokenizer)
         outputs: dict[str, RequestOutput] = {}
-        for (_, token_ids), params in zip(prompts, sampling, strict=True):
-            batch.check(token_ids, params)
-        for (text, token_ids), params in zip(prompts, sampling, strict=True):
+        for prompt, params in zip(prompts, sampling, strict=True):
+            batch.check(prompt, params)
+        for prompt, params in zip(prompts, sampling, strict=True):
             request_id = str(next(self._ids))
-            outputs[request_id] = _empty_output(request_id, text, token_ids, params)
-            batch.add(request_id, token_ids, params)
+            outputs[request_id] = _empty_output(request_id, prompt, params)
+            batch.add(request_id, prompt, params)
         with tqdm(total=len(prompts), unit="prompt", disable=not use_tqdm) as progress:
             try:
                 while batch.open:
@@ -140,6 +142,15 @@ class LLM:
             finally:
                 batch.abort()
         return list(outputs.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt as the engine takes it, and the text where the user gave one."""
+
+    token_ids: list[int]
+    text: str | None = None
+    options: RequestOptions = DEFAULT_OPTIONS
 
 
 class _Batch:
@@ -154,19 +165,28 @@ class _Batch:
         self._tokenizer = tokenizer
         self.open: dict[str, tuple[str, Answer]] = {}  # engine request id -> user's id, answer
 
-    def check(self, token_ids: list[int], sampling: SamplingParams) -> None:
+    def check(self, prompt: _Prompt, sampling: SamplingParams) -> None:
+        """Raise `RequestError` where the request could never run."""
         config = self._engine.config
         check_request(
-            token_ids,
+            prompt.token_ids,
             sampling,
             vocab_size=config.model.vocab_size,
             max_model_len=config.max_model_len,
         )
 
-    def add(self, request_id: str, token_ids: list[int], sampling: SamplingParams) -> None:
-        self.check(token_ids, sampling)
-        eos_token_ids = self._engine.config.model.eos_token_ids
-        for index, request in enumerate(fan_out(request_id, token_ids, sampling, eos_token_ids)):
+    def add(self, request_id: str, prompt: _Prompt, sampling: SamplingParams) -> None:
+        """Queue the `n` answers to a prompt."""
+        self.check(prompt, sampling)
+        template = Request(
+            request_id=request_id,
+            prompt_token_ids=prompt.token_ids,
+            sampling=sampling,
+            seed=0,
+            eos_token_ids=self._engine.config.model.eos_token_ids,
+            options=prompt.options,
+        )
+        for index, request in enumerate(fan_out(template)):
             self._engine.core.add(request)
             answer = Answer(index, request, self._tokenizer)
             self.open[request.request_id] = request_id, answer
@@ -217,20 +237,19 @@ def _one_each(
     return list(sampling)
 
 
-def _empty_output(
-    request_id: str, prompt: str | None, token_ids: list[int], sampling: SamplingParams
-) -> RequestOutput:
+def _empty_output(request_id: str, prompt: _Prompt, sampling: SamplingParams) -> RequestOutput:
     answers = [
         CompletionOutput(index, logprobs=None if sampling.logprobs is None else [])
         for index in range(sampling.n)
     ]
-    return RequestOutput(request_id, prompt, token_ids, answers)
+    return RequestOutput(request_id, prompt.text, prompt.token_ids, answers)
 
 
 def _extend(output: RequestOutput, delta: TextDelta) -> int:
     """Add a delta to its answer; return 1 where that finished the whole request, else 0."""
     answer = output.outputs[delta.index]
     answer.text += delta.text
+    output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
     answer.token_ids += delta.token_ids
     if answer.logprobs is not None and delta.logprobs is not None:
         answer.logprobs += delta.logprobs

@@ -50,6 +50,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
+        self._num_prefix_queries = 0
+        self._num_prefix_hits = 0
 
     # Requests come and go.
 
@@ -110,6 +112,7 @@ class Scheduler:
                 sequence.num_computed_tokens = before + share.num_tokens
                 prompt_left = max(0, sequence.num_prompt_tokens - before)
                 self._num_prompt_tokens += min(prompt_left, share.num_tokens)
+                self.allocator.computed(sequence)
         return [
             self._commit_token(sequence, sampled)
             for sampled in result.sampled
@@ -140,8 +143,10 @@ class Scheduler:
             num_tokens, _ = self._allowance(sequence)
             if num_tokens == 0:
                 self.allocator.free(sequence)
+                sequence.num_computed_tokens = 0
                 return
             self._waiting.popleft()
+            self._note_prefix(sequence)
             share = self._grant(sequence, num_tokens)
             sequence.status = SequenceStatus.RUNNING
             self._running.append(sequence)
@@ -149,6 +154,13 @@ class Scheduler:
             scheduled.append(
                 ScheduledTokens(share.sequence_id, share.num_tokens, (), share.samples)
             )
+
+    def _note_prefix(self, sequence: Sequence) -> None:
+        """Count what the prefix cache was asked for and gave, once for each request."""
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            self._num_prefix_queries += sequence.num_prompt_tokens
+            self._num_prefix_hits += sequence.num_cached_tokens
 
     def _allowance(self, sequence: Sequence) -> tuple[int, Constraint | None]:
         """How many tokens all constraints allow, and which one said the least."""
@@ -188,7 +200,14 @@ class Scheduler:
         if reason is not None:
             self._finish(sequence, reason)
         logprobs = None if sampled.logprobs is None else (sampled.logprobs,)
-        return RequestEvent(sequence.id, (sampled.token_id,), logprobs, reason)
+        is_first = sequence.num_output_tokens == 1
+        return RequestEvent(
+            sequence.id,
+            (sampled.token_id,),
+            logprobs,
+            reason,
+            num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
+        )
 
     def _end_all(
         self, request_ids: Iterable[str], reason: FinishReason, error: str | None
@@ -234,6 +253,8 @@ class Scheduler:
             num_steps=self._num_steps,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generation_tokens=self._num_generation_tokens,
+            num_prefix_queries=self._num_prefix_queries,
+            num_prefix_hits=self._num_prefix_hits,
         )
 
     def check_integrity(self) -> None:

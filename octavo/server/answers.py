@@ -13,7 +13,7 @@ from typing import cast
 
 from starlette.types import Receive
 
-from octavo.core import FinishReason, SamplingParams
+from octavo.core import FinishReason, RequestOptions, SamplingParams
 from octavo.engine import ServingEngine, TextDelta
 from octavo.errors import OverloadedError, RequestError
 from octavo.server.errors import ClientDisconnected, ErrorReply, HttpError, unavailable
@@ -26,6 +26,7 @@ class Tally:
     """The books of one answer."""
 
     num_tokens: int = 0
+    num_cached_tokens: int = 0  # of the prompt
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
 
@@ -47,6 +48,7 @@ class Answers:
         prompts: Sequence[Prompt],
         sampling: SamplingParams,
         *,
+        options: RequestOptions,
         response_id: str,
         metrics: ServerMetrics,
         arrival_s: float,
@@ -57,6 +59,7 @@ class Answers:
         self.tallies = [Tally() for _ in range(len(prompts) * sampling.n)]
         self._engine = engine
         self._sampling = sampling
+        self._options = options
         self._response_id = response_id
         self._metrics = metrics
         self._arrival_s = arrival_s
@@ -147,7 +150,7 @@ class Answers:
     def _deltas(self, prompt_index: int) -> AsyncGenerator[TextDelta, None]:
         request_id = f"{self._response_id}-{prompt_index}"
         token_ids = self.prompts[prompt_index].token_ids
-        deltas = self._engine.generate(request_id, token_ids, self._sampling)
+        deltas = self._engine.generate(request_id, token_ids, self._sampling, self._options)
         return cast("AsyncGenerator[TextDelta, None]", deltas)  # "closing the iterator aborts"
 
     def _of_prompt(self, prompt_index: int) -> list[Tally]:
@@ -164,6 +167,7 @@ class Answers:
                 self._metrics.time_to_first_token.observe(now - self._arrival_s)
             tally.last_token_s = now
             tally.num_tokens += len(delta.token_ids)
+            tally.num_cached_tokens += delta.num_cached_tokens
         if delta.finish_reason is not None:
             self._finish(tally, delta.finish_reason)
             if delta.finish_reason is FinishReason.ERROR:

@@ -88,6 +88,12 @@ class _EngineGauges(Collector):
             ("num_preemptions", "Requests that lost their blocks", stats.num_preemptions),
             ("prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens),
             ("generation_tokens", "Tokens sampled", stats.num_generation_tokens),
+            (
+                "prefix_cache_queries",
+                "Prompt tokens looked up in the prefix cache",
+                stats.num_prefix_queries,
+            ),
+            ("prefix_cache_hits", "Prompt tokens found there", stats.num_prefix_hits),
         ]
         for name, text, value in gauges:
             yield GaugeMetricFamily(PREFIX + name, text, value=value)

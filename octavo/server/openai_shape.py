@@ -153,10 +153,14 @@ class Shape(ABC):
     def _usage(self, tallies: Sequence[Tally]) -> dict[str, Any]:
         num_prompt = sum(len(prompt.token_ids) for prompt in self.options.prompts)
         num_completion = sum(tally.num_tokens for tally in tallies)
+        # A prompt counts once, however many answers it has.
+        firsts = tallies[:: self.options.num_per_prompt]
+        num_cached = sum(tally.num_cached_tokens for tally in firsts)
         return {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
         }
 
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.core import SamplingParams, check_prompt, resolve_max_tokens
+from octavo.core import RequestOptions, SamplingParams, check_prompt, resolve_max_tokens
 from octavo.errors import RequestError
 from octavo.server.answers import Answers
 from octavo.server.body import read_json
@@ -157,6 +157,7 @@ class OpenAIRoutes:
             self._state.engine,
             shape.options.prompts,
             sampling,
+            options=RequestOptions(cache_salt=fields.cache_salt),
             response_id=shape.id,
             metrics=self._state.metrics,
             arrival_s=arrival_s,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from octavo.core import (
     EngineStats,
     FinishReason,
+    RequestOptions,
     SamplingParams,
     TokenLogprobs,
     check_prompt,
@@ -19,6 +20,7 @@ from octavo.core import (
     resolve_max_tokens,
 )
 from octavo.engine import ServedModel, TextDelta
+from octavo.engine.interface import DEFAULT_OPTIONS
 from octavo.errors import EngineDeadError, OverloadedError
 from octavo.testing.byte_tokenizer import EOS, ByteTokenizer
 
@@ -84,7 +86,11 @@ class FakeEngine:
         )
 
     async def generate(
-        self, request_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        options: RequestOptions = DEFAULT_OPTIONS,
     ) -> AsyncGenerator[TextDelta, None]:
         """The answers of one request, interleaved."""
         max_tokens = self._admit(request_id, prompt_token_ids, sampling)

@@ -25,9 +25,19 @@ def test_any_workload_on_any_pool_gives_each_request_its_text_and_one_end(seed):
         num_blocks=rng.randint(18, 60),
         max_num_batched_tokens=rng.randint(1, 40),
         max_num_seqs=rng.randint(1, 10),
+        prefix_caching=rng.random() < 0.6,
     )
     core = create_core(scheduler)
-    requests = [create_request(rng.randint(1, 40), rng.randint(1, 30)) for _ in range(16)]
+    beginnings = [[rng.randrange(VOCAB_SIZE) for _ in range(20)] for _ in range(3)]
+    requests = [
+        create_request(
+            prompt=rng.choice(beginnings)[: rng.randint(1, 20)]
+            + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 20))],
+            max_tokens=rng.randint(1, 30),
+            cache_salt=rng.choice((None, None, "tenant")),
+        )
+        for _ in range(16)
+    ]
     aborted, events = set(), []
     waiting = list(requests)
     while waiting or core.has_work:

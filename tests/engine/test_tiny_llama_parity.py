@@ -83,6 +83,16 @@ def test_preemption_does_not_change_the_text(model):
     assert tight.stats().num_preemptions > 0
 
 
+def test_a_warm_prefix_cache_does_not_change_the_text(model):
+    cold = create_llm(model, enable_prefix_caching=False)
+    llm = create_llm(model)
+    expected = tokens(cold)
+    assert tokens(llm) == expected
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == expected
+    assert [o.num_cached_tokens for o in outputs] == [0, 0, 0, 0, 16, 32, 96, 240]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_seeds_give_the_same_text_whatever_else_is_in_the_batch(model, dtype):
     llm = create_llm(model, dtype=dtype)

@@ -8,7 +8,7 @@ from octavo.kvcache import BlockPool
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """The pool against a model so plain that it cannot be wrong: a list of tables."""
+    """The pool against a model so plain that it cannot be wrong: tables, and what blocks hold."""
 
     NUM_BLOCKS = 12
 
@@ -16,9 +16,10 @@ class PoolMachine(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(self.NUM_BLOCKS)
         self.tables: list[list[int]] = []
+        self.contents: dict[int, bytes] = {}  # block -> key, for all that can still be found
 
     def num_held(self) -> int:
-        return sum(map(len, self.tables))
+        return len({b for table in self.tables for b in table})
 
     @rule(data=st.data())
     def take(self, data):
@@ -27,6 +28,34 @@ class PoolMachine(RuleBasedStateMachine):
         assert len(taken) == count
         assert not set(taken) & {b for table in self.tables for b in table}
         self.tables.append(taken)
+        for block_id in taken:
+            self.contents.pop(block_id, None)  # it is given out for something else
+
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data(), key=st.binary(min_size=1, max_size=1))
+    def name(self, data, key):
+        block_id = data.draw(st.sampled_from([b for table in self.tables for b in table]))
+        self.pool.name(block_id, key)
+        if block_id not in self.contents and key not in self.contents.values():
+            self.contents[block_id] = key
+
+    @precondition(lambda self: self.contents)
+    @rule(data=st.data())
+    def find_and_share(self, data):
+        block_id, key = data.draw(st.sampled_from(sorted(self.contents.items())))
+        assert self.pool.find(key) == block_id
+        self.pool.share(block_id)
+        self.tables.append([block_id])
+
+    @rule(key=st.binary(min_size=1, max_size=1))
+    def find_nothing(self, key):
+        if key not in self.contents.values():
+            assert self.pool.find(key) is None
+
+    @rule()
+    def forget_all(self):
+        self.pool.forget_all()
+        self.contents.clear()
 
     @rule(extra=st.integers(1, 5))
     def take_too_many(self, extra):
@@ -42,6 +71,7 @@ class PoolMachine(RuleBasedStateMachine):
     @invariant()
     def the_books_agree(self):
         assert self.pool.num_free == self.NUM_BLOCKS - self.num_held()
+        assert self.pool.num_cached == len(self.contents)
         self.pool.check_integrity(self.tables)
 
 

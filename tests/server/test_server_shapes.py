@@ -33,7 +33,12 @@ async def test_completion(client: httpx.AsyncClient) -> None:
         "choices": [
             {"index": 0, "text": "Answer 0 to: Hel", "logprobs": None, "finish_reason": "length"}
         ],
-        "usage": {"prompt_tokens": 6, "completion_tokens": 16, "total_tokens": 22},
+        "usage": {
+            "prompt_tokens": 6,
+            "completion_tokens": 16,
+            "total_tokens": 22,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -53,7 +58,12 @@ async def test_chat(client: httpx.AsyncClient) -> None:
                 "finish_reason": "stop",
             }
         ],
-        "usage": {"prompt_tokens": 24, "completion_tokens": 37, "total_tokens": 61},
+        "usage": {
+            "prompt_tokens": 24,
+            "completion_tokens": 37,
+            "total_tokens": 61,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        },
     }
 
 
@@ -75,7 +85,12 @@ async def test_completion_stream(client: httpx.AsyncClient) -> None:
         {"choices": [piece("", "length")], "usage": None},
         {
             "choices": [],
-            "usage": {"prompt_tokens": 6, "completion_tokens": 2, "total_tokens": 8},
+            "usage": {
+                "prompt_tokens": 6,
+                "completion_tokens": 2,
+                "total_tokens": 8,
+                "prompt_tokens_details": {"cached_tokens": 0},
+            },
         },
     ]
 
