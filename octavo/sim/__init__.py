@@ -1,6 +1,40 @@
-"""Engines without hardware: a virtual clock and an executor that needs no model. No torch."""
+"""Engines without hardware: virtual time, a fake model, faults, and a swarm of seeds. No torch."""
 
+from octavo.sim.actions import (
+    Action,
+    Arrive,
+    Cancel,
+    CancelEverybody,
+    Drain,
+    JumpWallClock,
+    Pause,
+    Squeeze,
+)
 from octavo.sim.clock import VirtualClock
 from octavo.sim.fake_executor import FakeExecutor, oracle_token, oracle_tokens
+from octavo.sim.faults import Fault, FaultyExecutor, Injection
+from octavo.sim.history import Client, History
+from octavo.sim.simulation import Limits, Parts, SimulatedEngine
 
-__all__ = ["FakeExecutor", "VirtualClock", "oracle_token", "oracle_tokens"]
+__all__ = [
+    "Action",
+    "Arrive",
+    "Cancel",
+    "CancelEverybody",
+    "Client",
+    "Drain",
+    "FakeExecutor",
+    "Fault",
+    "FaultyExecutor",
+    "History",
+    "Injection",
+    "JumpWallClock",
+    "Limits",
+    "Parts",
+    "Pause",
+    "SimulatedEngine",
+    "Squeeze",
+    "VirtualClock",
+    "oracle_token",
+    "oracle_tokens",
+]

@@ -1,0 +1,279 @@
+"""Swarm testing: every seed draws its own engine, workload and mix of faults, and must hold.
+
+    python -m octavo.sim.swarm --seed N        one seed, with its story
+    python -m octavo.sim.swarm --seeds A B     soak: seeds A to B-1
+
+Owns the dice. Drawing the *kinds* of faults anew for each seed, and not only their moments, reaches
+corners that a mix of everything never does (Groce et al., "Swarm testing", ISSTA 2012); one integer
+gives a run back in full. Knows no rule of the engine: promises are kept by `History` and
+`SimulatedEngine`.
+"""
+
+import argparse
+import contextlib
+import logging
+import random
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from octavo.core import Request, RequestOptions, SamplingParams
+from octavo.errors import OctavoError
+from octavo.sim.actions import (
+    Action,
+    Arrive,
+    Cancel,
+    CancelEverybody,
+    Drain,
+    JumpWallClock,
+    Pause,
+    Squeeze,
+)
+from octavo.sim.faults import Fault
+from octavo.sim.simulation import Limits, Parts, SimulatedEngine
+
+VOCAB_SIZE = 128  # small, so that stop tokens come up
+LENGTH_CHOICES = (4, 12, 40)
+PROGRESS_EVERY_S = 5.0
+
+
+class SwarmFailure(OctavoError):
+    """A seed broke a promise; the message says which, and how to see it again."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scenario:
+    """One seed's engine, workload and faults."""
+
+    seed: int
+    limits: Limits
+    actions: tuple[Action, ...]
+    rates: dict[Fault, float]
+    lethal_rate: float
+
+
+def draw_scenario(seed: int) -> Scenario:
+    """Everything that a seed decides."""
+    rng = random.Random(seed)
+    limits = _draw_limits(rng)
+    requests = _draw_requests(rng, limits)
+    duration_s = rng.choice((0.05, 0.5, 2.0))
+    arrivals = [Arrive(at_s=rng.uniform(0.0, duration_s), request=r) for r in requests]
+    actions = [*arrivals, *_draw_cancellations(rng, arrivals), *_draw_disturbances(rng, limits)]
+    return Scenario(
+        seed=seed,
+        limits=limits,
+        actions=tuple(actions),
+        rates=_draw_rates(rng),
+        lethal_rate=rng.choice((0.0, 0.0, 0.0, 0.3)),
+    )
+
+
+def run_seed(seed: int, *, parts: Parts | None = None) -> SimulatedEngine:
+    """Play one seed to its end; raises `SwarmFailure` where a promise was broken."""
+    scenario = draw_scenario(seed)
+    engine = SimulatedEngine(
+        scenario.limits,
+        rates=scenario.rates,
+        lethal_rate=scenario.lethal_rate,
+        seed=seed,
+        parts=parts,
+    )
+    try:
+        engine.run(scenario.actions)
+        if not engine.history.engine_died:
+            engine.probe()
+    except Exception as error:
+        raise SwarmFailure(_describe_failure(scenario, engine, error)) from error
+    return engine
+
+
+@contextlib.contextmanager
+def quiet_engine() -> Iterator[None]:
+    """Failed steps are what we ask for: the engine's log of them would bury everything else."""
+    logger = logging.getLogger("octavo")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _draw_limits(rng: random.Random) -> Limits:
+    block_size = rng.choice((1, 2, 4, 4, 8, 16))
+    num_tokens = rng.choice((40, 80, 80, 160, 400))  # that the pool holds
+    return Limits(
+        num_blocks=max(2, num_tokens // block_size),
+        block_size=block_size,
+        max_num_batched_tokens=rng.choice((1, 3, 8, 16, 40, 128)),
+        max_num_seqs=rng.choice((1, 2, 4, 8, 16)),
+        max_model_len=rng.choice((48, 96, 96)),
+        vocab_size=VOCAB_SIZE,
+        prefix_caching=rng.random() < 0.6,
+    )
+
+
+def _draw_requests(rng: random.Random, limits: Limits) -> list[Request]:
+    """Requests that share beginnings and salts, stop early or late; a few can never run."""
+    beginnings = [_draw_tokens(rng, 32) for _ in range(rng.randint(1, 3))]
+    salts = rng.choice(((None,), (None,), (None, "a"), ("a", "b")))
+    prompt_len, output_len = rng.choice(LENGTH_CHOICES), rng.choice(LENGTH_CHOICES)
+    eos_token_ids = tuple(_draw_tokens(rng, rng.choice((0, 0, 2, 6))))
+    requests = []
+    for index in range(rng.choice((1, 4, 8, 16))):
+        shared = rng.choice(beginnings)[: rng.randint(0, prompt_len)]
+        own = _draw_tokens(rng, rng.randint(0 if rng.random() < 0.2 else 1, prompt_len))
+        max_tokens = rng.randint(1, output_len)
+        sampling = SamplingParams(
+            max_tokens=None if rng.random() < 0.02 else max_tokens,
+            min_tokens=rng.choice((0, 0, max_tokens // 2)),
+            ignore_eos=rng.random() < 0.2,
+        )
+        # An id that comes twice is refused while the first lives, and fine after its end.
+        request_id = f"r{rng.randint(0, index) if rng.random() < 0.1 else index}"
+        requests.append(
+            Request(
+                request_id=request_id,
+                prompt_token_ids=shared + own,
+                sampling=sampling,
+                seed=0,
+                eos_token_ids=eos_token_ids,
+                options=RequestOptions(cache_salt=rng.choice(salts)),
+            )
+        )
+    return requests
+
+
+def _draw_tokens(rng: random.Random, count: int) -> list[int]:
+    return rng.choices(range(VOCAB_SIZE), k=count)
+
+
+def _draw_cancellations(rng: random.Random, arrivals: list[Arrive]) -> list[Action]:
+    """Clients that go away: before, while or after they are answered, alone or in a storm."""
+    rate = rng.choice((0.0, 0.0, 0.1, 0.5))
+    last_s = max(arrival.at_s for arrival in arrivals)
+    actions: list[Action] = []
+    for arrival in arrivals:
+        if rng.random() < rate:
+            ids = rng.choices([a.request.request_id for a in arrivals], k=rng.choice((0, 0, 2)))
+            actions.append(
+                Cancel(
+                    at_s=arrival.at_s + rng.expovariate(5.0),
+                    request_ids=(arrival.request.request_id, *ids),
+                )
+            )
+    if rng.random() < 0.1:
+        actions.append(CancelEverybody(at_s=rng.uniform(0.0, 2.0 * last_s)))
+    return actions
+
+
+def _draw_disturbances(rng: random.Random, limits: Limits) -> list[Action]:
+    """Scarce memory, clocks that jump, a process that stands still, a drain."""
+    actions: list[Action] = []
+    if rng.random() < 0.2:
+        for _ in range(rng.randint(1, 3)):
+            start_s = rng.uniform(0.0, 1.0)
+            num_blocks = rng.randint(1, limits.num_blocks)
+            actions.append(Squeeze(at_s=start_s, num_blocks=num_blocks))
+            actions.append(Squeeze(at_s=start_s + rng.uniform(0.02, 0.5), num_blocks=0))
+    if rng.random() < 0.2:
+        actions.append(JumpWallClock(at_s=rng.random(), seconds=rng.choice((-1e9, -60.0, 3600.0))))
+    if rng.random() < 0.1:
+        actions.append(Pause(at_s=rng.random(), seconds=rng.choice((0.1, 10.0, 1e6))))
+    if rng.random() < 0.1:
+        actions.append(Drain(at_s=rng.random()))
+    return actions
+
+
+def _draw_rates(rng: random.Random) -> dict[Fault, float]:
+    """This seed's faults: none, one, some or all kinds, rare or frequent."""
+    how_many = rng.choice((0.0, 0.1, 0.3, 1.0))
+    return {f: rng.choice((0.003, 0.02, 0.1)) for f in Fault if rng.random() < how_many}
+
+
+def _describe_failure(scenario: Scenario, engine: SimulatedEngine, error: Exception) -> str:
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(f"{type(cause).__name__}: {cause}")
+        cause = cause.__cause__
+    faults = ", ".join(f"{fault} {rate:g}" for fault, rate in scenario.rates.items())
+    return "\n".join(
+        (
+            f"seed {scenario.seed} failed at step {engine.num_steps}",
+            *(f"  {line}" for line in causes),
+            f"replay: python -m octavo.sim.swarm --seed {scenario.seed}",
+            f"engine: {scenario.limits}",
+            f"faults: {faults or 'none'}; lethal {scenario.lethal_rate}",
+            "last steps (! = samples):",
+            str(engine.trace),
+        )
+    )
+
+
+def _describe_run(seed: int, engine: SimulatedEngine) -> str:
+    """The story of one seed that held."""
+    lines = [f"seed {seed}: {engine.limits}"]
+    for client in engine.history.clients:
+        fault = f", {client.fault}" if client.fault is not None else ""
+        lines.append(
+            f"  {client.request.request_id}: {len(client.request.prompt_token_ids)} prompt tokens, "
+            f"{client.num_cached_tokens} cached, {client.num_output_tokens} of "
+            f"{client.max_num_tokens - len(client.request.prompt_token_ids)} generated, "
+            f"{client.accepted_at_s:.3f}s to {client.ended_at_s:.3f}s, {client.end}{fault}"
+        )
+    stats = engine.core.stats()
+    lines.append(
+        f"  {engine.num_steps} steps, {engine.history.num_refused} refused, "
+        f"{stats.num_preemptions} preemptions, "
+        + ("the engine died as it should" if engine.history.engine_died else "all promises held")
+    )
+    return "\n".join(lines)
+
+
+def _soak(first: int, last: int) -> int:
+    """Run many seeds; print each failure and go on. Returns how many failed."""
+    start = shown = time.perf_counter()
+    num_failed = num_steps = num_requests = 0
+    for seed in range(first, last):
+        try:
+            engine = run_seed(seed)
+            num_steps += engine.num_steps
+            num_requests += len(engine.history.clients)
+        except SwarmFailure as failure:
+            num_failed += 1
+            print(failure, flush=True)
+        now = time.perf_counter()
+        if now - shown > PROGRESS_EVERY_S or seed == last - 1:
+            shown, num_done = now, seed - first + 1
+            print(
+                f"{num_done} seeds, {num_failed} failed, {num_requests} requests, "
+                f"{num_steps} steps, {num_done / (now - start):.0f} seeds/s",
+                flush=True,
+            )
+    return num_failed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m octavo.sim.swarm", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--seed", type=int, help="replay one seed and tell its story")
+    which.add_argument("--seeds", type=int, nargs=2, metavar=("A", "B"), help="run seeds A to B-1")
+    options = parser.parse_args(arguments)
+    with quiet_engine():
+        if options.seeds:
+            return 1 if _soak(*options.seeds) else 0
+        try:
+            print(_describe_run(options.seed, run_seed(options.seed)))
+        except SwarmFailure as failure:
+            print(failure)
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
