@@ -19,10 +19,8 @@ from torch import Tensor
 from octavo.kernels import (
     KV_WRITE,
     LINEAR,
-    LINEAR_SILU_MUL,
     PAGED_ATTENTION,
     RMS_NORM,
-    ROTARY,
     ROTARY_KV_WRITE,
     SILU_MUL,
     AttentionBatch,
@@ -75,7 +73,6 @@ def normal(*shape: int) -> Tensor:
 
 
 def linear_rows() -> Iterator[Row]:
-    native_linear = LINEAR.select(Case("cpu", BF16)).function
     shapes = {
         "qkv": (QKV, HIDDEN),
         "o": (HIDDEN, HIDDEN),
@@ -83,41 +80,27 @@ def linear_rows() -> Iterator[Row]:
         "down": (HIDDEN, INNER),
         "head": (VOCABULARY, HIDDEN),
     }
-    for name, (outputs, width) in shapes.items():
-        copies = max(1, COLD_BYTES // (outputs * width * 2))
-        weights = [normal(outputs, width) for _ in range(copies)]
-        packed = [native_linear.prepare(weight) for weight in weights]
-        for rows in (1, 4, 32, 64) if name == "head" else (1, 4, 32, 64, 1024):
-            x = normal(rows, width)
-            yield Row(
-                f"linear {name}",
-                f"{rows}x{width} -> {outputs}",
-                lambda i, x=x, packed=packed: native_linear.apply(x, packed[i % len(packed)], None),
-                lambda i, x=x, weights=weights: torch.nn.functional.linear(
-                    x, weights[i % len(weights)]
-                ),
-                outputs * width * 2,
-                2 * rows * outputs * width,
-            )
-
-
-def gated_rows() -> Iterator[Row]:
-    fused = LINEAR_SILU_MUL.select(Case("cpu", BF16)).function
-    copies = COLD_BYTES // (2 * INNER * HIDDEN * 2)
-    weights = [normal(2 * INNER, HIDDEN) for _ in range(copies)]
-    packed = [fused.prepare(weight) for weight in weights]
-    plain = LINEAR_SILU_MUL.reference
-    plain_weights = [plain.prepare(weight) for weight in weights]
-    for rows in (1, 32, 1024):
-        x = normal(rows, HIDDEN)
-        yield Row(
-            "linear_silu_mul",
-            f"{rows}x{HIDDEN} -> {INNER}",
-            lambda i, x=x: fused.apply(x, packed[i % copies]),
-            lambda i, x=x: plain.apply(x, plain_weights[i % copies]),
-            2 * INNER * HIDDEN * 2,
-            2 * rows * 2 * INNER * HIDDEN,
-        )
+    for dtype in (BF16, torch.float32):
+        linear = LINEAR.select(Case("cpu", dtype)).function
+        for name, (outputs, width) in shapes.items():
+            num_bytes = outputs * width * dtype.itemsize
+            copies = max(1, COLD_BYTES // num_bytes)
+            weights = [torch.randn(outputs, width).to(dtype) for _ in range(copies)]
+            packed = [linear.prepare(weight) for weight in weights]
+            for rows in (1, 4, 32, 64) if name == "head" else (1, 4, 32, 64, 1024):
+                x = torch.randn(rows, width).to(dtype)
+                yield Row(
+                    f"linear {name} {'bf16' if dtype is BF16 else 'fp32'}",
+                    f"{rows}x{width} -> {outputs}",
+                    lambda i, x=x, packed=packed, linear=linear: linear.apply(
+                        x, packed[i % len(packed)], None
+                    ),
+                    lambda i, x=x, weights=weights: torch.nn.functional.linear(
+                        x, weights[i % len(weights)]
+                    ),
+                    num_bytes,
+                    2 * rows * outputs * width,
+                )
 
 
 def elementwise_rows() -> Iterator[Row]:
@@ -156,7 +139,6 @@ def cache_rows() -> Iterator[Row]:
         )
         positions = torch.arange(rows)
         arguments = {
-            ROTARY: (query, key, positions, angles),
             KV_WRITE: (key, value, kv_cache, positions),
             ROTARY_KV_WRITE: (query, key, value, positions, angles, kv_cache, positions),
         }
@@ -221,7 +203,6 @@ def main() -> None:
     )
     groups = {
         "linear": linear_rows,
-        "linear_silu_mul": gated_rows,
         "rms_norm silu_mul": elementwise_rows,
         "rotary kv_write": cache_rows,
         "paged_attention": attention_rows,

@@ -1,25 +1,26 @@
 """Ops over tensors and scalars: one file each, with a readable reference and faster versions.
 
 Knows neither models nor requests. A layer calls `OP.select(case)` once and keeps the function.
+
+Every compiled CPU op gives a row (a token) the same bits whatever other rows are in the call,
+however many there are, and on however many threads. In attention a token's result depends on its
+query and on the keys and values that it sees, and on nothing else: neither on other sequences nor
+on how a prompt was cut into chunks. Other machines may round otherwise; references promise nothing.
 """
 
 from octavo.kernels.dispatch import Case, Choice, Op, reference_only
 from octavo.kernels.kv_write import KV_WRITE
 from octavo.kernels.linear import LINEAR, PreparedWeight
-from octavo.kernels.linear_silu_mul import LINEAR_SILU_MUL
 from octavo.kernels.paged_attention import PAGED_ATTENTION, AttentionBatch
 from octavo.kernels.rms_norm import RMS_NORM
-from octavo.kernels.rotary import ROTARY
 from octavo.kernels.rotary_kv_write import ROTARY_KV_WRITE
 from octavo.kernels.silu_mul import SILU_MUL
 
 __all__ = [
     "KV_WRITE",
     "LINEAR",
-    "LINEAR_SILU_MUL",
     "PAGED_ATTENTION",
     "RMS_NORM",
-    "ROTARY",
     "ROTARY_KV_WRITE",
     "SILU_MUL",
     "AttentionBatch",

@@ -13,7 +13,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from octavo.kernels import native
-from octavo.kernels.dispatch import Case, Op
+from octavo.kernels.dispatch import Op
 from octavo.kernels.native import support
 
 
@@ -75,77 +75,72 @@ class ReferenceLinear:
 
 
 PANEL = 16  # outputs in one line of the packed layout
-DEPTH_STEP = 32  # the packed depth is a multiple of it, so that no kernel meets a tail
-
-
-def pack_lines(weight: Tensor) -> Tensor:
-    """bf16 weight [N, K] as lines of 16 outputs by 2 inputs: [N / 16, K / 2, 16] of int32.
-
-    Both sizes are padded with zeros; an int32 is two bf16. A line is what one AVX-512 bf16 product
-    reads, and 16 lines are one AMX tile, so one copy serves every machine and number of rows.
-    """
-    outputs, width = weight.shape
-    panels, depth = -(-outputs // PANEL), -(-width // DEPTH_STEP) * DEPTH_STEP
-    if (panels * PANEL, depth) != weight.shape:
-        padded = weight.new_zeros(panels * PANEL, depth)
-        padded[:outputs, :width] = weight
-        weight = padded
-    pairs = weight.contiguous().view(torch.int32)  # [N, K / 2]
-    return pairs.view(panels, PANEL, depth // 2).transpose(1, 2).contiguous()
+# The packed depth is a multiple of it: in bf16 that of an AMX tile, so that no kernel meets a tail.
+DEPTH_STEP = {torch.bfloat16: 32, torch.float32: 1}
 
 
 class PackedWeight:
-    """A bf16 weight as `pack_lines` lays it out."""
+    """A weight [N, K] as lines of 16 outputs by one 32-bit word: one fp32, or two bf16 of one row.
 
-    __slots__ = ("depth", "in_features", "lines", "out_features", "pointer")
+    A line is what one vector product reads, and 16 lines of bf16 are one AMX tile, so one copy
+    serves every machine and number of rows. Both sizes are padded with zeros.
+    """
+
+    __slots__ = ("depth", "dtype", "in_features", "lines", "out_features", "pointer")
 
     def __init__(self, weight: Tensor):
+        self.dtype = weight.dtype
         self.out_features, self.in_features = weight.shape
-        self.lines = pack_lines(weight)
-        self.depth = 2 * self.lines.shape[1]
+        panels, step = -(-self.out_features // PANEL), DEPTH_STEP[weight.dtype]
+        self.depth = -(-self.in_features // step) * step
+        if (panels * PANEL, self.depth) != weight.shape:
+            padded = weight.new_zeros(panels * PANEL, self.depth)
+            padded[: self.out_features, : self.in_features] = weight
+            weight = padded
+        words = weight.contiguous().view(torch.int32).view(panels, PANEL, -1)
+        self.lines = words.transpose(1, 2).contiguous()  # [N / 16, words of a row, 16]
         self.pointer = self.lines.data_ptr()
 
 
 class NativeLinear:
-    """Linear for bf16 on the CPU, over PackedWeight. Sums are fp32, rounded once."""
+    """Linear on the CPU, over PackedWeight. Sums are fp32, rounded once.
+
+    A row of the result has the same bits whatever rows are beside it, and however many.
+    """
 
     def prepare(self, weight: Tensor) -> PackedWeight:
-        if weight.dim() != 2 or weight.dtype is not torch.bfloat16:
-            raise support.refuse("linear", "weight is [N, K] bf16", weight=weight)
+        if weight.dim() != 2 or weight.dtype not in DEPTH_STEP:
+            raise support.refuse("linear", "weight is [N, K] bf16 or fp32", weight=weight)
         return PackedWeight(weight)
 
     def apply(self, x: Tensor, prepared: PackedWeight, bias: Tensor | None) -> Tensor:
         rows, width = x.shape
         row_stride, dense = x.stride()
-        outputs = prepared.out_features
-        if x.dtype is not torch.bfloat16 or width != prepared.in_features or dense != 1:
-            rule = f"x is [T, {prepared.in_features}] bf16 with dense rows"
+        outputs, dtype = prepared.out_features, prepared.dtype
+        if x.dtype is not dtype or width != prepared.in_features or dense != 1:
+            rule = f"x is [T, {prepared.in_features}] {dtype} with dense rows"
             raise support.refuse("linear", rule, x=x)
         bias_pointer = 0
         if bias is not None:
-            if bias.shape != (outputs,) or bias.dtype is not x.dtype or not bias.is_contiguous():
-                raise support.refuse("linear", f"bias is [{outputs}] bf16", bias=bias)
+            if bias.shape != (outputs,) or bias.dtype is not dtype or not bias.is_contiguous():
+                raise support.refuse("linear", f"bias is [{outputs}] {dtype}", bias=bias)
             bias_pointer = bias.data_ptr()
         out = x.new_empty(rows, outputs)
-        native.library().linear[torch.bfloat16](
+        native.library().linear[dtype](
             *(x.data_ptr(), row_stride, prepared.pointer, bias_pointer, out.data_ptr()),
-            *(rows, outputs, width, prepared.depth, 0, torch.get_num_threads()),
+            *(rows, outputs, width, prepared.depth, torch.get_num_threads()),
         )
         return out
 
     def unpack(self, prepared: PackedWeight) -> Tensor:
-        plain = prepared.lines.transpose(1, 2).contiguous().view(-1, prepared.depth // 2)
-        plain = plain.view(torch.bfloat16)[: prepared.out_features, : prepared.in_features]
+        rows = prepared.lines.transpose(1, 2).contiguous().view(-1, prepared.lines.shape[1])
+        plain = rows.view(prepared.dtype)[: prepared.out_features, : prepared.in_features]
         return plain.contiguous()
 
     def gather_rows(self, prepared: PackedWeight, ids: Tensor) -> Tensor:
-        rows = prepared.lines[ids // PANEL, :, ids % PANEL].contiguous()  # [T, K / 2]
-        return rows.view(torch.bfloat16)[:, : prepared.in_features].contiguous()
-
-
-def _unsupported(case: Case) -> str | None:
-    return support.unsupported(case, dtypes=(torch.bfloat16,))
+        rows = prepared.lines[ids // PANEL, :, ids % PANEL].contiguous()  # [T, words of a row]
+        return rows.view(prepared.dtype)[:, : prepared.in_features].contiguous()
 
 
 LINEAR: Op[Linear] = Op("linear", ReferenceLinear())
-LINEAR.register("native", NativeLinear(), _unsupported)
+LINEAR.register("native", NativeLinear(), support.unsupported)

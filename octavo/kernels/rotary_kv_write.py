@@ -1,7 +1,8 @@
-"""Rotary embedding and the cache write in one pass over the fused qkv tensor.
+"""Rotary position embedding, in place, and the write of keys and values into the paged KV cache.
 
-Owns the fused op and the compiled launcher that `rotary` and `kv_write` share: each of them is half
-of it. Does not know attention.
+Owns the half-rotation ("NeoX") form, in which element i turns together with element i + D/2, and
+the compiled launcher that it shares with `kv_write`. Does not know how the table of angles was made
+(plain, scaled, YaRN): that is the layer's. Does not know attention.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from octavo.kernels import native
 from octavo.kernels.dispatch import Op
 from octavo.kernels.kv_write import KV_WRITE, reference_kv_write
 from octavo.kernels.native.support import refuse, unsupported
-from octavo.kernels.rotary import ROTARY, reference_rotary
 
 
 class RotaryKvWrite(Protocol):
@@ -29,8 +29,21 @@ class RotaryKvWrite(Protocol):
         kv_cache: Tensor,
         slots: Tensor,
     ) -> None:
-        """`rotary(query, key, ...)`, then `kv_write(key, value, ...)`: see those for the shapes."""
+        """Rotates query [T, Hq, D] and key [T, Hkv, D] in place, then writes key and value.
+
+        All three may be strided views into one fused qkv tensor. positions [T] int64 selects rows
+        of cos_sin [max_positions, D] fp32: D/2 cosines, then D/2 sines. For the rest see `KvWrite`.
+        """
         ...
+
+
+def reference_rotary(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """Rotates heads [T, H, D] in place, in fp32, rounded once."""
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [T, 1, D/2]
+    first, second = heads.float().chunk(2, dim=-1)  # each [T, H, D/2]
+    # Both halves before either is written: in fp32 they are views of what is overwritten.
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    heads.copy_(turned)
 
 
 def reference_rotary_kv_write(
@@ -42,40 +55,9 @@ def reference_rotary_kv_write(
     kv_cache: Tensor,
     slots: Tensor,
 ) -> None:
-    reference_rotary(query, key, positions, cos_sin)
+    reference_rotary(query, positions, cos_sin)
+    reference_rotary(key, positions, cos_sin)
     reference_kv_write(key, value, kv_cache, slots)
-
-
-def _angle_pointers(op: str, query: Tensor, positions: Tensor, cos_sin: Tensor) -> tuple[int, int]:
-    tokens, _, dim = query.shape
-    if (
-        cos_sin.dtype is not torch.float32
-        or cos_sin.shape[1] != dim
-        or dim % 2
-        or positions.dtype is not torch.int64
-        or positions.shape != (tokens,)
-        or not (positions.is_contiguous() and cos_sin.is_contiguous())
-    ):
-        rule = "positions is [T] int64, cos_sin [positions, D] fp32, D even, both contiguous"
-        raise refuse(op, rule, query=query, positions=positions, cos_sin=cos_sin)
-    return positions.data_ptr(), cos_sin.data_ptr()
-
-
-def _cache_fields(
-    op: str, key: Tensor, kv_cache: Tensor, slots: Tensor
-) -> tuple[int, int, int, int]:
-    tokens, num_kv_heads, dim = key.shape
-    halves, num_blocks, cache_heads, block_size, cache_dim = kv_cache.shape
-    if (
-        (halves, cache_heads, cache_dim) != (2, num_kv_heads, dim)
-        or kv_cache.dtype is not key.dtype
-        or slots.dtype is not torch.int64
-        or slots.shape != (tokens,)
-        or not (kv_cache.is_contiguous() and slots.is_contiguous())
-    ):
-        rule = "kv_cache is [2, blocks, Hkv, block_size, D] like key, slots [T] int64, contiguous"
-        raise refuse(op, rule, key=key, kv_cache=kv_cache, slots=slots)
-    return kv_cache.data_ptr(), num_blocks, block_size, slots.data_ptr()
 
 
 def _head_fields(op: str, like: Tensor, heads: Tensor) -> tuple[int, int, int, int]:
@@ -87,29 +69,38 @@ def _head_fields(op: str, like: Tensor, heads: Tensor) -> tuple[int, int, int, i
     return heads.data_ptr(), token_stride, head_stride, num_heads
 
 
-def native_rotary(query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    """As Rotary."""
-    native.library().rotary_kv_write[query.dtype](
-        *_head_fields("rotary", query, query),
-        *_head_fields("rotary", query, key),
-        *(0, 0, 0, 0),
-        *_angle_pointers("rotary", query, positions, cos_sin),
-        *(0, 0, 1, 0),
-        *(query.shape[0], query.shape[2], torch.get_num_threads()),
-    )
+def _write_fields(
+    op: str, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor
+) -> tuple[int, ...]:
+    """From kv_cache to the last: the fields that both launchers have."""
+    tokens, num_kv_heads, dim = key.shape
+    halves, num_blocks, cache_heads, block_size, cache_dim = kv_cache.shape
+    if (
+        (halves, cache_heads, cache_dim) != (2, num_kv_heads, dim)
+        or value.shape != key.shape
+        or kv_cache.dtype is not key.dtype
+        or slots.dtype is not torch.int64
+        or slots.shape != (tokens,)
+        or not (kv_cache.is_contiguous() and slots.is_contiguous())
+    ):
+        rule = (
+            "value is like key, kv_cache [2, blocks, Hkv, block_size, D] in their dtype, "
+            "slots [T] int64, contiguous"
+        )
+        raise refuse(op, rule, key=key, value=value, kv_cache=kv_cache, slots=slots)
+    cache, threads = kv_cache.data_ptr(), torch.get_num_threads()
+    return cache, num_blocks, block_size, slots.data_ptr(), tokens, dim, threads
 
 
 def native_kv_write(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
     """As KvWrite."""
-    if value.shape != key.shape:
-        raise refuse("kv_write", "key and value have one shape", key=key, value=value)
+    op = "kv_write"
     native.library().rotary_kv_write[key.dtype](
         *(0, 0, 0, 0),
-        *_head_fields("kv_write", key, key),
-        *_head_fields("kv_write", key, value),
+        *_head_fields(op, key, key),
+        *_head_fields(op, key, value),
         *(0, 0),
-        *_cache_fields("kv_write", key, kv_cache, slots),
-        *(key.shape[0], key.shape[2], torch.get_num_threads()),
+        *_write_fields(op, key, value, kv_cache, slots),
     )
 
 
@@ -124,19 +115,26 @@ def native_rotary_kv_write(
 ) -> None:
     """As RotaryKvWrite."""
     op = "rotary_kv_write"
-    if value.shape != key.shape:
-        raise refuse(op, "key and value have one shape", key=key, value=value)
+    tokens, _, dim = query.shape
+    if (
+        cos_sin.dtype is not torch.float32
+        or cos_sin.shape[1] != dim
+        or dim % 2
+        or positions.dtype is not torch.int64
+        or positions.shape != (tokens,)
+        or not (positions.is_contiguous() and cos_sin.is_contiguous())
+    ):
+        rule = "positions is [T] int64, cos_sin [positions, D] fp32, D even, both contiguous"
+        raise refuse(op, rule, query=query, positions=positions, cos_sin=cos_sin)
     native.library().rotary_kv_write[query.dtype](
         *_head_fields(op, query, query),
         *_head_fields(op, query, key),
         *_head_fields(op, query, value),
-        *_angle_pointers(op, query, positions, cos_sin),
-        *_cache_fields(op, key, kv_cache, slots),
-        *(query.shape[0], query.shape[2], torch.get_num_threads()),
+        *(positions.data_ptr(), cos_sin.data_ptr()),
+        *_write_fields(op, key, value, kv_cache, slots),
     )
 
 
 ROTARY_KV_WRITE: Op[RotaryKvWrite] = Op("rotary_kv_write", reference_rotary_kv_write)
 ROTARY_KV_WRITE.register("native", native_rotary_kv_write, unsupported)
-ROTARY.register("native", native_rotary, unsupported)
 KV_WRITE.register("native", native_kv_write, unsupported)

@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.kernels import KV_WRITE, PAGED_ATTENTION, Choice
+from octavo.kernels import KV_WRITE, PAGED_ATTENTION, ROTARY_KV_WRITE, Choice
 from octavo.layers.build import Build, Layer
 from octavo.layers.context import StepContext
+from octavo.layers.rotary import Rotary
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,20 +25,36 @@ class KVSpec:
 
 
 class Attention(Layer):
-    """Writes this step's keys and values to layer `layer`'s cache, then attends to all of them."""
+    """Writes this step's keys and values to layer `layer`'s cache, then attends to all of them.
 
-    def __init__(self, layer: int, num_heads: int, num_kv_heads: int, head_dim: int, build: Build):
+    With a `rotary` it first rotates queries and keys, in the same pass.
+    """
+
+    def __init__(
+        self,
+        layer: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        build: Build,
+        *,
+        rotary: Rotary | None = None,
+    ):
         super().__init__()
-        sizes = {
-            "num_heads": num_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "block_size": build.block_size,
-        }
-        write = KV_WRITE.select(build.case(sizes))
-        attend = PAGED_ATTENTION.select(build.case(sizes))
-        self._choices = (write, attend)
-        self._write, self._attend = write.function, attend.function
+        case = build.case(
+            {
+                "num_heads": num_heads,
+                "num_kv_heads": num_kv_heads,
+                "head_dim": head_dim,
+                "block_size": build.block_size,
+            }
+        )
+        write, rotate_and_write = KV_WRITE.select(case), ROTARY_KV_WRITE.select(case)
+        attend = PAGED_ATTENTION.select(case)
+        self._choices = (write if rotary is None else rotate_and_write, attend)
+        self._write, self._rotate_and_write = write.function, rotate_and_write.function
+        self._attend = attend.function
+        self._cos_sin = None if rotary is None else rotary.cos_sin
         self._layer = layer
         self._scale = head_dim**-0.5
         self.spec = KVSpec(num_kv_heads, head_dim)
@@ -46,9 +63,17 @@ class Attention(Layer):
         return self._choices
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: StepContext) -> Tensor:
-        """query [T, Hq, D], key and value [T, Hkv, D] (strided views) -> [T, Hq, D]."""
-        cache = context.kv_caches[self._layer]
-        self._write(key, value, cache, context.slots)
+        """query [T, Hq, D], key and value [T, Hkv, D] (strided views) -> [T, Hq, D].
+
+        With a rotary, query and key are rotated in place.
+        """
+        cache, slots = context.kv_caches[self._layer], context.slots
+        if self._cos_sin is None:
+            self._write(key, value, cache, slots)
+        else:
+            self._rotate_and_write(
+                query, key, value, context.positions, self._cos_sin, cache, slots
+            )
         return self._attend(query, cache, context.attention, self._scale)
 
 

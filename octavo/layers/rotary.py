@@ -1,14 +1,12 @@
 """Rotary position embedding (arXiv 2104.09864), with the ways in which checkpoints stretch it."""
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from octavo.config import RopeScaling
-from octavo.kernels import ROTARY, Choice
-from octavo.layers.build import Build, Layer
+from octavo.layers.build import Build
 
 
 def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
@@ -36,8 +34,8 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return torch.where(wave_lens < longest_kept, frequencies, stretched)
 
 
-class Rotary(Layer):
-    """Rotates queries and keys by their positions. All layers of a model share one table."""
+class Rotary:
+    """The table of angles, one for all layers of a model. `Attention` rotates by it."""
 
     def __init__(
         self,
@@ -48,18 +46,8 @@ class Rotary(Layer):
         theta: float,
         scaling: RopeScaling | None = None,
     ):
-        super().__init__()
         angles = torch.outer(
             torch.arange(max_positions).float(), rotary_frequencies(head_dim, theta, scaling)
         )
         # [max_positions, head_dim] fp32: cosines of all pairs, then sines
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(build.device)
-        self._choice = ROTARY.select(build.case({"head_dim": head_dim}))
-        self._kernel = self._choice.function
-
-    def finish(self) -> tuple[Choice[Any], ...]:
-        return (self._choice,)
-
-    def forward(self, query: Tensor, key: Tensor, positions: Tensor) -> None:
-        """query [T, Hq, D] and key [T, Hkv, D] in place; positions [T]."""
-        self._kernel(query, key, positions, self.cos_sin)

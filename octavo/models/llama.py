@@ -36,8 +36,9 @@ class LlamaAttention(nn.Module):
             bias=config.attention_bias,
             split="rows",
         )
-        self.rotary = rotary
-        self.attend = Attention(layer, self.num_heads, self.num_kv_heads, config.head_dim, build)
+        self.attend = Attention(
+            layer, self.num_heads, self.num_kv_heads, config.head_dim, build, rotary=rotary
+        )
         self.output = Linear(
             {"o": config.hidden_size},
             config.num_heads * config.head_dim,
@@ -53,7 +54,6 @@ class LlamaAttention(nn.Module):
     def forward(self, x: Tensor, context: StepContext) -> Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
-        self.rotary(query, key, context.positions)
         y: Tensor = self.output(self.attend(query, key, value, context).flatten(1))
         return y
 

@@ -1,4 +1,4 @@
-"""rms_norm, silu_mul, rotary and kv_write: compiled against reference."""
+"""rms_norm, silu_mul, kv_write and rotary_kv_write: compiled against reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import KV_WRITE, RMS_NORM, ROTARY, ROTARY_KV_WRITE, SILU_MUL, Case
+from octavo.kernels import KV_WRITE, RMS_NORM, ROTARY_KV_WRITE, SILU_MUL, Case
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SHAPES = [(0, 16), (1, 1), (1, 576), (15, 100), (16, 64), (17, 4097), (1000, 576)]
@@ -90,49 +90,43 @@ def fused_qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dty
 @pytest.mark.parametrize("tokens", [1, 17, 600])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 80), (8, 1, 2)])
 def test_rotary_and_cache_write_equal_their_references(isa, dtype, tokens, heads, kv_heads, dim):
-    qkv, (query, key, value) = fused_qkv(tokens, heads, kv_heads, dim, dtype)
+    qkv, views = fused_qkv(tokens, heads, kv_heads, dim, dtype)
     expected_qkv = qkv.clone()
     sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
-    expected = [part.view(tokens, -1, dim) for part in expected_qkv.split(sizes, dim=1)]
-    positions = torch.randint(0, 3000, (tokens,))
-    cos_sin = torch.randn(3000, dim).clamp(-1, 1)
+    expected_views = [part.view(tokens, -1, dim) for part in expected_qkv.split(sizes, dim=1)]
+    angles = torch.randint(0, 3000, (tokens,)), torch.randn(3000, dim).clamp(-1, 1)
     slots = torch.randperm(50 * 16)[:tokens]
     cache = torch.full((2, 50, kv_heads, 16, dim), float("nan"), dtype=dtype)
-    expected_cache = cache.clone()
+    expected_cache, written = cache.clone(), cache.clone()
 
-    ROTARY.reference(*expected[:2], positions, cos_sin)
-    KV_WRITE.reference(*expected[1:], expected_cache, slots)
-    apart_qkv, apart_cache = qkv.clone(), cache.clone()
-    apart = [part.view(tokens, -1, dim) for part in apart_qkv.split(sizes, dim=1)]
-    chosen(ROTARY, dtype)(*apart[:2], positions, cos_sin)
-    chosen(KV_WRITE, dtype)(*apart[1:], apart_cache, slots)
-    chosen(ROTARY_KV_WRITE, dtype)(query, key, value, positions, cos_sin, cache, slots)
-
-    close(apart_qkv, expected_qkv)
-    assert torch.equal(qkv, apart_qkv)
-    torch.testing.assert_close(cache, apart_cache, rtol=0, atol=0, equal_nan=True)
+    ROTARY_KV_WRITE.reference(*expected_views, *angles, expected_cache, slots)
+    chosen(ROTARY_KV_WRITE, dtype)(*views, *angles, cache, slots)
+    close(qkv, expected_qkv)
     assert torch.equal(cache.isnan(), expected_cache.isnan())  # wrote its slots and no other
     close(cache.nan_to_num(), expected_cache.nan_to_num())
 
+    chosen(KV_WRITE, dtype)(*views[1:], written, slots)  # of the keys as they are now: rotated
+    torch.testing.assert_close(cache, written, rtol=0, atol=0, equal_nan=True)
 
-def test_the_fused_reference_is_the_two_references():
-    _, (query, key, value) = fused_qkv(6, 4, 2, 32, torch.float32)
-    positions, cos_sin, slots = torch.arange(6), torch.randn(6, 32), torch.arange(6)
-    cache, expected_cache = torch.zeros(2, 2, 1, 2, 16, 32)
-    query2, key2 = query.clone(), key.clone()
-    ROTARY_KV_WRITE.reference(query, key, value, positions, cos_sin, cache, slots)
-    ROTARY.reference(query2, key2, positions, cos_sin)
-    KV_WRITE.reference(key2, value, expected_cache, slots)
-    assert torch.equal(query, query2)
-    assert torch.equal(cache, expected_cache)
+
+def test_kv_write_reference_puts_each_token_into_its_slot():
+    key, value = torch.randn(2, 3, 2, 4)
+    cache = torch.zeros(2, 2, 2, 16, 4)
+    KV_WRITE.reference(key, value, cache, torch.tensor([17, 0, 31]))
+    assert torch.equal(cache[0, 1, :, 1], key[0])
+    assert torch.equal(cache[1, 1, :, 15], value[2])
+    assert torch.count_nonzero(cache.sum(-1)) == 3 * 2 * 2
 
 
 def test_rotary_turns_by_the_angle_of_the_position():
     """A head of one pair, turned by 90 degrees: (x, y) becomes (-y, x)."""
     query, key = torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 4.0]]])
-    ROTARY.reference(query, key, torch.tensor([1]), torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    cache = torch.zeros(2, 1, 1, 16, 2)
+    angles = torch.tensor([1]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    ROTARY_KV_WRITE.reference(query, key, key.clone(), *angles, cache, torch.tensor([5]))
     assert query.tolist() == [[[-2.0, 1.0]]]
     assert key.tolist() == [[[-4.0, 3.0]]]
+    assert cache[:, 0, 0, 5].tolist() == [[-4.0, 3.0], [3.0, 4.0]]
 
 
 def test_rotary_kv_write_refuses_what_it_would_misread(isa):

@@ -120,19 +120,6 @@ def test_an_empty_batch(isa, dtype):
     assert ours.shape == (0, 4, 64)
 
 
-def test_one_thread_gives_what_two_give(isa, dtype):
-    pages = Pages([(1, 400), (30, 60)], 4, 2, 64, dtype)
-    attention = compiled(dtype, 64)
-    several = attention(pages.query, pages.kv_cache, pages.batch, 0.125)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        single = attention(pages.query, pages.kv_cache, pages.batch, 0.125)
-    finally:
-        torch.set_num_threads(before)
-    close(single, several.float())
-
-
 def test_a_batch_refuses_what_kernels_would_misread():
     starts, lengths, tables = (torch.zeros(shape).int() for shape in ((3,), (2,), (2, 4)))
     for wrong in (

@@ -19,7 +19,7 @@ struct Fp32Dot {
   };
   static OCTAVO_INLINE Line load_line(const float* right) { return {load(right)}; }
   static OCTAVO_INLINE Lanes add(Lanes total, const Line& line, const float* left) {
-    return total + line.lanes * broadcast(*left);
+    return fused(line.lanes, broadcast(*left), total);
   }
 };
 
@@ -42,7 +42,7 @@ struct WidenedDot {
     return line;
   }
   static OCTAVO_INLINE Lanes add(Lanes total, const Line& line, const float* left) {
-    return total + line.even * broadcast(left[0]) + line.odd * broadcast(left[1]);
+    return fused(line.odd, broadcast(left[1]), fused(line.even, broadcast(left[0]), total));
   }
 };
 
@@ -67,10 +67,10 @@ struct Bf16Dot {
     return total;
   }
 };
-using WeightDot = Bf16Dot;     // how linear multiplies a bf16 weight
+using Bf16WeightDot = Bf16Dot;     // how linear multiplies a bf16 weight
 using Bf16AttentionDot = Bf16Dot;  // how attention multiplies over a bf16 cache
 #else
-using WeightDot = WidenedDot;
+using Bf16WeightDot = WidenedDot;
 using Bf16AttentionDot = Fp32Dot;
 #endif
 

@@ -1,5 +1,9 @@
 // The vocabulary of every kernel: bf16, sixteen fp32 lanes, and the sharing of work among threads.
 //
+// All kernels keep one promise: the result of a row has the same bits whatever other rows are in
+// the call, however many, and on however many threads. So the order in which the numbers of one
+// result are added is fixed, and no cut of the work among tiles, threads or tasks goes through it.
+//
 // Lanes is written with the compiler's own vector types in pieces of the machine's register width,
 // so the same source becomes AVX-512, AVX2, SSE or NEON code. Intrinsics appear only where the
 // machine has an instruction that no plain expression reaches.
@@ -11,8 +15,10 @@
 #include <type_traits>
 
 #include <omp.h>
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) || defined(__FMA__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Every exported function takes one pointer to a struct of 8-byte fields, which Python packs: see
@@ -66,6 +72,24 @@ OCTAVO_INLINE Lanes minimum(Lanes x, Lanes y) {
 }
 OCTAVO_INLINE Lanes broadcast(float value) { OCTAVO_PIECEWISE(floats{} + value) }
 OCTAVO_INLINE Lanes zeros() { return Lanes{}; }
+
+// x * y + z, rounded once where the machine can. The one place that decides: the compiler may fuse
+// no other expression (-ffp-contract=off), for it would choose anew in each copy of a loop, and a
+// row would then depend on which copy it fell to.
+OCTAVO_INLINE Lanes fused(Lanes x, Lanes y, Lanes z) {
+#if defined(__AVX512F__)
+  OCTAVO_PIECEWISE(
+      (floats)_mm512_fmadd_ps((__m512)x.piece[p], (__m512)y.piece[p], (__m512)z.piece[p]))
+#elif defined(__FMA__)
+  OCTAVO_PIECEWISE(
+      (floats)_mm256_fmadd_ps((__m256)x.piece[p], (__m256)y.piece[p], (__m256)z.piece[p]))
+#elif defined(__aarch64__)
+  OCTAVO_PIECEWISE((floats)vfmaq_f32(
+      (float32x4_t)z.piece[p], (float32x4_t)x.piece[p], (float32x4_t)y.piece[p]))
+#else
+  OCTAVO_PIECEWISE(x.piece[p] * y.piece[p] + z.piece[p])
+#endif
+}
 
 // Lanes from `count` on become `filler`.
 OCTAVO_INLINE Lanes keep_first(Lanes x, int count, float filler) {
@@ -175,11 +199,11 @@ OCTAVO_INLINE void store_first(T* to, Lanes x, int count) {
 // 2^f for f in [-0.5, 0.5], relative error 1e-7.
 OCTAVO_INLINE Lanes exp2_fraction(Lanes f) {
   Lanes y = broadcast(1.3264727e-3f);
-  y = y * f + broadcast(9.6715128e-3f);
-  y = y * f + broadcast(5.5507337e-2f);
-  y = y * f + broadcast(2.4022242e-1f);
-  y = y * f + broadcast(6.9314698e-1f);
-  return y * f + broadcast(1.0f);
+  y = fused(y, f, broadcast(9.6715128e-3f));
+  y = fused(y, f, broadcast(5.5507337e-2f));
+  y = fused(y, f, broadcast(2.4022242e-1f));
+  y = fused(y, f, broadcast(6.9314698e-1f));
+  return fused(y, f, broadcast(1.0f));
 }
 
 // 2^x. A NaN stays, minus infinity gives zero; the ends of the range may saturate.

@@ -17,14 +17,13 @@ import torch  # loaded first, so that the library shares torch's libgomp and its
 # (a null pointer is 0), d a double. One packed argument costs a fifth of what ctypes takes to
 # convert the fields one by one, and a decode step makes hundreds of calls.
 LAYOUTS = {
-    "linear": "11q",  # LinearCall
+    "linear": "10q",  # LinearCall
     "rms_norm": "7qdq",  # RmsNormCall
     "silu_mul": "6q",  # SiluMulCall
     "rotary_kv_write": "21q",  # RotaryKvWriteCall
     "paged_attention": "14qdq",  # Attention
 }
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
-BF16_ONLY = ("linear",)
 
 Call = Callable[..., None]
 
@@ -53,10 +52,9 @@ class Library:
         self.paged_attention = self._bind("paged_attention")
 
     def _bind(self, op: str) -> ByDtype:
-        dtypes = [dtype for dtype in SUFFIXES if dtype is torch.bfloat16 or op not in BF16_ONLY]
         calls = {
-            dtype: _caller(self._handle[f"octavo_{op}_{SUFFIXES[dtype]}"], LAYOUTS[op])
-            for dtype in dtypes
+            dtype: _caller(self._handle[f"octavo_{op}_{suffix}"], LAYOUTS[op])
+            for dtype, suffix in SUFFIXES.items()
         }
         return ByDtype(op, calls)
 

@@ -10,9 +10,14 @@
 namespace octavo {
 
 #if defined(__AVX512F__)
-constexpr int MAX_TILE_ROWS = 6, MAX_TILE_PANELS = 4;  // 24 of 32 registers hold sums
+constexpr int MAX_TILE_PANELS = 4;
+template <class Dot>
+constexpr int MAX_TILE_ROWS = 6;  // 24 of 32 registers hold sums
 #else
-constexpr int MAX_TILE_ROWS = 4, MAX_TILE_PANELS = 1;  // 8 of AVX2's 16 registers hold sums
+constexpr int MAX_TILE_PANELS = 1;
+// 12 of AVX2's 16 registers hold sums; 8 where a line takes four more.
+template <class Dot>
+constexpr int MAX_TILE_ROWS = Dot::DEPTH == 1 ? 6 : 4;
 #endif
 
 template <class Dot>
@@ -25,12 +30,13 @@ struct Operands {
   float* out;
   int64_t out_stride;
   bool accumulate;
-  // Panels that the caller multiplies next, or null: while one tile is computed, one such panel is
+  // Panels that the caller multiplies next, or null: while a tile is computed its share of them is
   // fetched, so that memory does not idle while the arithmetic units work, nor they while it does.
   const typename Dot::Right* upcoming = nullptr;
 };
 
-template <class Dot, int ROWS, int PANELS>
+// FETCH: the number of upcoming panels that are fetched meanwhile.
+template <class Dot, int ROWS, int PANELS, int FETCH>
 static void multiply_tile(const Operands<Dot>& on) {
   constexpr int LINE = LANES * Dot::DEPTH;  // elements of `right` in 64 bytes
   Lanes sums[ROWS][PANELS];
@@ -39,11 +45,11 @@ static void multiply_tile(const Operands<Dot>& on) {
       sums[r][p] = on.accumulate ? load(on.out + r * on.out_stride + p * LANES) : zeros();
   const auto* right = on.right;
   const auto* left = on.left;
-  const auto* upcoming = on.upcoming ? on.upcoming : right;
-  const int64_t fetch_step = on.upcoming ? LINE : 0;
+  const auto* upcoming = on.upcoming;
   for (int64_t d = 0; d < on.depth; d += Dot::DEPTH, right += LINE, left += Dot::DEPTH) {
-    __builtin_prefetch(upcoming, 0, 2);
-    upcoming += fetch_step;
+#pragma GCC unroll 4
+    for (int p = 0; p < FETCH; ++p) __builtin_prefetch(upcoming + p * on.panel_stride, 0, 2);
+    if (FETCH) upcoming += LINE;
     typename Dot::Line lines[PANELS];
 #pragma GCC unroll 4
     for (int p = 0; p < PANELS; ++p) lines[p] = Dot::load_line(right + p * on.panel_stride);
@@ -60,27 +66,32 @@ static void multiply_tile(const Operands<Dot>& on) {
 template <class Dot>
 using TileFunction = void (*)(const Operands<Dot>&);
 
+template <class Dot, int ROWS, int PANELS>
+static TileFunction<Dot> tile_with_fetch(int fetch) {
+  if (fetch == 0) return multiply_tile<Dot, ROWS, PANELS, 0>;
+  if (fetch == 1) return multiply_tile<Dot, ROWS, PANELS, 1>;
+  return multiply_tile<Dot, ROWS, PANELS, PANELS>;
+}
+
 template <class Dot, int ROWS>
-static TileFunction<Dot> tile_with_rows(int panels) {
+static TileFunction<Dot> tile_with_rows(int panels, int fetch) {
 #if defined(__AVX512F__)
-  if (panels == 4) return multiply_tile<Dot, ROWS, 4>;
-  if (panels == 3) return multiply_tile<Dot, ROWS, 3>;
-  if (panels == 2) return multiply_tile<Dot, ROWS, 2>;
+  if (panels == 4) return tile_with_fetch<Dot, ROWS, 4>(fetch);
+  if (panels == 3) return tile_with_fetch<Dot, ROWS, 3>(fetch);
+  if (panels == 2) return tile_with_fetch<Dot, ROWS, 2>(fetch);
 #endif
-  return multiply_tile<Dot, ROWS, 1>;
+  return tile_with_fetch<Dot, ROWS, 1>(fetch);
 }
 
 template <class Dot>
-static TileFunction<Dot> tile_function(int rows, int panels) {
+static TileFunction<Dot> tile_function(int rows, int panels, int fetch) {
   switch (rows) {
-#if defined(__AVX512F__)
-    case 6: return tile_with_rows<Dot, 6>(panels);
-    case 5: return tile_with_rows<Dot, 5>(panels);
-#endif
-    case 4: return tile_with_rows<Dot, 4>(panels);
-    case 3: return tile_with_rows<Dot, 3>(panels);
-    case 2: return tile_with_rows<Dot, 2>(panels);
-    default: return tile_with_rows<Dot, 1>(panels);
+    case 6: return tile_with_rows<Dot, 6>(panels, fetch);
+    case 5: return tile_with_rows<Dot, 5>(panels, fetch);
+    case 4: return tile_with_rows<Dot, 4>(panels, fetch);
+    case 3: return tile_with_rows<Dot, 3>(panels, fetch);
+    case 2: return tile_with_rows<Dot, 2>(panels, fetch);
+    default: return tile_with_rows<Dot, 1>(panels, fetch);
   }
 }
 
@@ -93,23 +104,31 @@ template <class Dot>
 static void multiply(int64_t rows, int64_t panels, const Operands<Dot>& on) {
 #if defined(OCTAVO_AMX)
   if constexpr (std::is_same_v<Dot, Bf16Dot>) {
-    // Below eight rows a tile is mostly empty, and the product is bound by memory either way.
-    if (rows >= 8 && on.depth % TILE_DEPTH == 0 && amx_granted())
+    // Tiles round otherwise than registers do, so they take every count of rows or none. Few rows
+    // leave them mostly empty, but those are bound by memory either way.
+    if (on.depth % TILE_DEPTH == 0 && amx_granted())
       return amx_multiply(rows, panels, on.left, on.left_stride, on.right, on.panel_stride,
                           on.depth, on.out, on.out_stride, on.accumulate, on.upcoming);
   }
 #endif
   for (int64_t p = 0, width; p < panels; p += width) {
     width = even_share(panels - p, MAX_TILE_PANELS);
+    // A single tile of rows fetches all that comes next; of several, each fetches one panel.
+    const bool single = rows <= MAX_TILE_ROWS<Dot>;
     int64_t to_fetch = on.upcoming ? panels : 0;
     for (int64_t r = 0, height; r < rows; r += height) {
-      height = even_share(rows - r, MAX_TILE_ROWS);
+      height = even_share(rows - r, MAX_TILE_ROWS<Dot>);
       Operands<Dot> tile = on;
-      tile.upcoming = to_fetch > 0 ? on.upcoming + --to_fetch * on.panel_stride : nullptr;
+      int fetch = 0;
+      if (to_fetch > 0) {
+        fetch = single ? int(width) : 1;
+        to_fetch -= fetch;
+        tile.upcoming = on.upcoming + (single ? p : to_fetch) * on.panel_stride;
+      }
       tile.left += r * on.left_stride;
       tile.right += p * on.panel_stride;
       tile.out += r * on.out_stride + p * LANES;
-      tile_function<Dot>(int(height), int(width))(tile);
+      tile_function<Dot>(int(height), int(width), fetch)(tile);
     }
   }
 }

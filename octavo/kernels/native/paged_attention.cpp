@@ -1,9 +1,14 @@
 // Causal attention over the paged cache; see octavo/kernels/paged_attention.py for the contract.
 //
-// The work is cut into tasks: (sequence, tile of queries, kv head, part of the context). A task
-// walks its context in chunks: pack the keys, multiply, softmax in place of the running maximum,
-// pack the values, multiply. The rows of a tile are its queries times the query heads that share
-// the kv head, so a packed chunk serves them all. With several parts a second pass merges them.
+// A context is read in chunks of 256 tokens, counted from its first. A chunk gives each row a
+// result of its own: the largest score, the sum of the weights relative to it, the values mixed by
+// them. Folded together in the order of the chunks, these are the attention. So a row's arithmetic
+// follows from its context alone, and everything below may be cut to suit the machine.
+//
+// The work is cut into tasks: (sequence, tile of queries, kv head, run of chunks). The rows of a
+// tile are its queries times the query heads that share the kv head, so a packed chunk serves them
+// all. Where a context makes one task, its results are folded as they come; where it makes several,
+// they are kept, and folded in a second pass.
 #include <cmath>
 #include <limits>
 #include <memory>
@@ -14,12 +19,12 @@
 namespace octavo {
 
 constexpr int64_t BLOCK_TOKENS = 16;
-constexpr int64_t CHUNK_TOKENS = 128;
+constexpr int64_t CHUNK_TOKENS = 256;
 constexpr int64_t MAX_TILE_QUERY_ROWS = 96;
 constexpr int64_t MAX_HEAD_DIM = 256;
 constexpr int64_t DEPTH_STEP = 32;  // what AMX needs; chunks and heads are padded to it with zeros
 constexpr int64_t FETCH_AHEAD = 2;  // blocks
-constexpr int64_t MIN_PART_TOKENS = 128;
+constexpr float MASKED = -std::numeric_limits<float>::infinity();
 
 template <class T>
 struct Attention {
@@ -46,7 +51,38 @@ struct Attention {
 struct Tile {
   int64_t sequence, first_query, queries;
   int64_t visible;  // context tokens that the first of its queries sees
+
+  int64_t context() const { return visible + queries - 1; }
+  int64_t chunks() const { return divide_up(context(), CHUNK_TOKENS); }
 };
+
+// What a row gets from one chunk, or from several folded: its top (the largest score, in units of
+// log2), the sum of its weights 2^(score - top), unused lanes, then the values mixed by the weights.
+constexpr int64_t TOP = 0, TOTAL = 1, MIXED = LANES;
+static int64_t result_width(int64_t dim) { return MIXED + dim; }
+
+static void clear(float* result, int64_t dim) {
+  std::memset(result, 0, result_width(dim) * sizeof(float));
+  result[TOP] = MASKED;
+}
+
+// result = result * shrink + next * scale, where the smaller top's factor is below one and the
+// other's is one.
+static OCTAVO_INLINE void fold(float* result, const float* next, int64_t dim) {
+  const float top = result[TOP], next_top = next[TOP];
+  if (next_top <= top) {
+    const Lanes scale = exp2(broadcast(next_top - top));
+    result[TOTAL] += next[TOTAL] * scale.piece[0][0];
+    for (int64_t d = MIXED; d < MIXED + dim; d += LANES)
+      store(result + d, fused(load(next + d), scale, load(result + d)));
+  } else {
+    const Lanes shrink = exp2(broadcast(top - next_top));
+    result[TOP] = next_top;
+    result[TOTAL] = result[TOTAL] * shrink.piece[0][0] + next[TOTAL];
+    for (int64_t d = MIXED; d < MIXED + dim; d += LANES)
+      store(result + d, fused(load(result + d), shrink, load(next + d)));
+  }
+}
 
 // --- packing: 16 tokens or 16 dims a panel, in the storage of a way to multiply ----------------
 
@@ -57,7 +93,7 @@ static OCTAVO_INLINE void fetch(const T* from) {
   __builtin_prefetch(from);
 }
 
-// tokens x dim keys -> [panel of 16 tokens][depth of dim]: scores of a panel are one line.
+// 16 tokens x dim keys -> [panel of 16 tokens][depth of dim]: scores of a panel are one line.
 template <class T>
 static void pack_keys(const T* keys, const T* later, int64_t dim, float* panel, Fp32Dot) {
   for (int64_t i = 0; i < BLOCK_TOKENS * dim; i += LANES) fetch(later + i);
@@ -65,18 +101,7 @@ static void pack_keys(const T* keys, const T* later, int64_t dim, float* panel, 
     for (int64_t t = 0; t < BLOCK_TOKENS; ++t) panel[d * LANES + t] = widen(keys[t * dim + d]);
 }
 
-// 16 tokens x dim values -> rows of every panel of 16 dims. Rows from `valid` on become zero.
-template <class T>
-static void pack_values(const T* values, const T* later, int64_t valid, int64_t dim,
-                        float* panels, int64_t panel_stride, int64_t first_token, Fp32Dot) {
-  for (int64_t i = 0; i < BLOCK_TOKENS * dim; i += LANES) fetch(later + i);
-  for (int64_t t = 0; t < BLOCK_TOKENS; ++t)
-    for (int64_t d = 0; d < dim; d += LANES)
-      store(panels + d / LANES * panel_stride + (first_token + t) * LANES,
-            t < valid ? load(values + t * dim + d) : zeros());
-}
-
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 // Transposes 16 rows of 16 32-bit words, `stride` words apart, into 16 lines of 16 words.
 static OCTAVO_INLINE void transpose_words(const uint32_t* from, int64_t stride, uint32_t* to) {
   __m512i a[16], b[16];
@@ -108,6 +133,27 @@ static OCTAVO_INLINE void transpose_words(const uint32_t* from, int64_t stride, 
   }
 }
 
+static void pack_keys(const float* keys, const float* later, int64_t dim, float* panel, Fp32Dot) {
+  for (int64_t d = 0; d < dim; d += LANES) {
+    for (int64_t t = 0; t < BLOCK_TOKENS; ++t) fetch(later + d * BLOCK_TOKENS + t * LANES);
+    transpose_words(reinterpret_cast<const uint32_t*>(keys + d), dim,
+                    reinterpret_cast<uint32_t*>(panel + d * LANES));
+  }
+}
+#endif
+
+// 16 tokens x dim values -> rows of every panel of 16 dims. Rows from `valid` on become zero.
+template <class T>
+static void pack_values(const T* values, const T* later, int64_t valid, int64_t dim,
+                        float* panels, int64_t panel_stride, int64_t first_token, Fp32Dot) {
+  for (int64_t i = 0; i < BLOCK_TOKENS * dim; i += LANES) fetch(later + i);
+  for (int64_t t = 0; t < BLOCK_TOKENS; ++t)
+    for (int64_t d = 0; d < dim; d += LANES)
+      store(panels + d / LANES * panel_stride + (first_token + t) * LANES,
+            t < valid ? load(values + t * dim + d) : zeros());
+}
+
+#if defined(__AVX512BF16__)
 static void pack_keys(const bf16* keys, const bf16* later, int64_t dim, bf16* panel, Bf16Dot) {
   int64_t d = 0;
   for (; d + 32 <= dim; d += 32) {
@@ -149,49 +195,37 @@ struct Scratch {
   alignas(64) typename Dot::Right values[CHUNK_TOKENS * MAX_HEAD_DIM];
   alignas(64) float scores[ROWS * CHUNK_TOKENS];
   alignas(64) typename Dot::Left weights[ROWS * CHUNK_TOKENS];
-  alignas(64) float mixed[ROWS * MAX_HEAD_DIM];  // the weighted values so far, not yet divided
-  float top[ROWS];           // about the largest score so far, in units of log2
-  float total[ROWS][LANES];  // sums of the weights so far, one a lane
+  alignas(64) float chunk[ROWS * (MIXED + MAX_HEAD_DIM)];   // results of the chunk at hand
+  alignas(64) float result[ROWS * (MIXED + MAX_HEAD_DIM)];  // results of all chunks so far
 };
 
-// A weight is 2^(score - top) for a `top` near the largest score. Any top gives the same quotient
-// in the end, so it moves (and what came before is rescaled) only when exceeded by this much.
-constexpr float TOP_SLACK = 8.0f;
-
-// Turns the first `padded` scores of a row into weights; those from `visible` on weigh nothing.
+// Turns the first `padded` scores of a row into weights, and sets the top and total of its result.
+// Those from `visible` on weigh nothing.
 template <class Dot>
 static OCTAVO_INLINE void softmax_row(Scratch<Dot>* scratch, int64_t row, int64_t visible,
-                                      int64_t padded, int64_t padded_dim, float log2_scale) {
-  constexpr float MASKED = -std::numeric_limits<float>::infinity();
+                                      int64_t padded, float log2_scale, float* result) {
   typename Dot::Left* weights = scratch->weights + row * CHUNK_TOKENS;
   float* scores = scratch->scores + row * CHUNK_TOKENS;
   if (visible < padded) {
     const int64_t end = std::max<int64_t>(visible, 0), partial = end / LANES * LANES;
     if (end > partial)
       store(scores + partial, keep_first(load(scores + partial), int(end - partial), MASKED));
-    for (int64_t t = round_up(end, LANES); t < padded; t += LANES)
-      store(weights + t, zeros());
+    for (int64_t t = round_up(end, LANES); t < padded; t += LANES) store(weights + t, zeros());
     if (end == 0) return;
     padded = round_up(end, LANES);
   }
   Lanes best = load(scores);
   for (int64_t t = LANES; t < padded; t += LANES) best = maximum(best, load(scores + t));
   const float top = largest(best) * log2_scale;
-  if (top > scratch->top[row] + TOP_SLACK) {
-    const Lanes shrink = exp2(broadcast(scratch->top[row] - top));
-    float *mixed = scratch->mixed + row * padded_dim, *total = scratch->total[row];
-    for (int64_t d = 0; d < padded_dim; d += LANES) store(mixed + d, load(mixed + d) * shrink);
-    store(total, load(total) * shrink);
-    scratch->top[row] = top;
-  }
-  const Lanes scale = broadcast(log2_scale), offset = broadcast(-scratch->top[row]);
-  Lanes total = load(scratch->total[row]);
+  const Lanes scale = broadcast(log2_scale), offset = broadcast(-top);
+  Lanes total = zeros();
   for (int64_t t = 0; t < padded; t += LANES) {
-    const Lanes weight = exp2(load(scores + t) * scale + offset);
+    const Lanes weight = exp2(fused(load(scores + t), scale, offset));
     total = total + weight;
     store(weights + t, weight);
   }
-  store(scratch->total[row], total);
+  result[TOP] = top;
+  result[TOTAL] = sum(total);
 }
 
 // Reads a block that nothing fetched ahead, line after line, as fast as memory can.
@@ -203,40 +237,46 @@ static void touch(const T* block, int64_t dim) {
   }
 }
 
-// Leaves sum, top and mixed values of the tile's rows over context [begin, end) in `scratch`.
 template <class T, class Dot>
-static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Range context,
-                   Scratch<Dot>* scratch) {
-  const int64_t group = on.group(), rows = tile.queries * group, dim = on.dim;
-  const int64_t padded_dim = round_up(dim, DEPTH_STEP);
-  const int64_t dim_panels = dim / LANES;
-  for (int64_t r = 0; r < rows; ++r) {
+static void load_queries(const Attention<T>& on, const Tile& tile, int64_t kv_head,
+                         Scratch<Dot>* scratch) {
+  const int64_t group = on.group(), padded_dim = round_up(on.dim, DEPTH_STEP);
+  for (int64_t r = 0; r < tile.queries * group; ++r) {
     const T* from = on.query + (tile.first_query + r / group) * on.query_token_stride +
                     (kv_head * group + r % group) * on.query_head_stride;
     auto* to = scratch->query + r * padded_dim;
     for (int64_t d = 0; d < padded_dim; d += LANES)
-      store(to + d, d < dim ? load(from + d) : zeros());
-    scratch->top[r] = -std::numeric_limits<float>::infinity();
-    store(scratch->total[r], zeros());
+      store(to + d, d < on.dim ? load(from + d) : zeros());
   }
-  std::memset(scratch->mixed, 0, rows * padded_dim * sizeof(float));
+}
+
+// Computes the results of the tile's rows for a run of chunks. `take(chunk)` says where those of a
+// chunk go; `done(chunk)` is called when they are there. A row that sees none of a chunk gets none.
+template <class T, class Dot, class Take, class Done>
+static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Range chunks,
+                   Scratch<Dot>* scratch, Take take, Done done) {
+  const int64_t group = on.group(), rows = tile.queries * group, dim = on.dim;
+  const int64_t padded_dim = round_up(dim, DEPTH_STEP), width = result_width(dim);
+  const int64_t dim_panels = dim / LANES;
+  load_queries(on, tile, kv_head, scratch);
   if (padded_dim != dim) std::memset(scratch->keys, 0, sizeof scratch->keys);
 
   const int32_t* table = on.block_tables + tile.sequence * on.table_width;
-  const int64_t first_block = context.begin / BLOCK_TOKENS;
-  const int64_t end_block = divide_up(context.end, BLOCK_TOKENS);
+  const int64_t end = std::min(chunks.end * CHUNK_TOKENS, tile.context());
+  const int64_t first_block = chunks.begin * CHUNK_TOKENS / BLOCK_TOKENS;
+  const int64_t end_block = divide_up(end, BLOCK_TOKENS);
   // After the last block come the first ones again, for the next head: likely this thread's task.
   const int64_t next_head = std::min(kv_head + 1, on.kv_heads - 1);
   for (int64_t b = first_block; b < std::min(end_block, first_block + FETCH_AHEAD); ++b) {
     touch(on.keys(table[b], kv_head), dim);
     touch(on.values(table[b], kv_head), dim);
   }
-  for (int64_t chunk = context.begin; chunk < context.end; chunk += CHUNK_TOKENS) {
-    const int64_t tokens = std::min(CHUNK_TOKENS, context.end - chunk);
+  for (int64_t chunk = chunks.begin; chunk < chunks.end; ++chunk) {
+    const int64_t begin = chunk * CHUNK_TOKENS, tokens = std::min(CHUNK_TOKENS, end - begin);
     const int64_t key_panels = divide_up(tokens, BLOCK_TOKENS);
     const int64_t padded = round_up(tokens, DEPTH_STEP);
     for (int64_t p = 0; p < key_panels; ++p) {
-      const int64_t b = chunk / BLOCK_TOKENS + p, ahead = b + FETCH_AHEAD;
+      const int64_t b = begin / BLOCK_TOKENS + p, ahead = b + FETCH_AHEAD;
       const bool wraps = ahead >= end_block;
       const int64_t later = table[wraps ? std::min(ahead - end_block + first_block, b) : ahead];
       const int64_t later_head = wraps ? next_head : kv_head;
@@ -253,21 +293,32 @@ static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Ra
     multiply<Dot>(rows, key_panels,
                   {scratch->query, padded_dim, scratch->keys, padded_dim * LANES, padded_dim,
                    scratch->scores, CHUNK_TOKENS, false});
+    float* results = take(chunk);  // [rows, width]
     for (int64_t r = 0; r < rows; ++r)
-      softmax_row<Dot>(scratch, r, tile.visible + r / group - chunk, padded, padded_dim,
-                       float(on.scale) * LOG2_E);
+      softmax_row<Dot>(scratch, r, tile.visible + r / group - begin, padded,
+                       float(on.scale) * LOG2_E, results + r * width);
     multiply<Dot>(rows, dim_panels,
                   {scratch->weights, CHUNK_TOKENS, scratch->values, CHUNK_TOKENS * LANES, padded,
-                   scratch->mixed, padded_dim, true});
+                   results + MIXED, width, false});
+    done(chunk);
   }
 }
 
 template <class T>
-static void write_row(const Attention<T>& on, int64_t token, int64_t head, const float* mixed,
-                      float total) {
+static void write_row(const Attention<T>& on, int64_t token, int64_t head, const float* result) {
   T* out = on.out + (token * on.heads + head) * on.dim;
-  const Lanes inverse = broadcast(1.0f / total);
-  for (int64_t d = 0; d < on.dim; d += LANES) store(out + d, load(mixed + d) * inverse);
+  const Lanes inverse = broadcast(1.0f / result[TOTAL]);
+  for (int64_t d = 0; d < on.dim; d += LANES) store(out + d, load(result + MIXED + d) * inverse);
+}
+
+// Folds results [rows, width] of a chunk into those of the chunks before it, for the rows that see
+// any of it.
+static void fold_rows(float* results, const float* next, const Tile& tile, int64_t chunk,
+                      int64_t group, int64_t dim) {
+  const int64_t width = result_width(dim);
+  for (int64_t r = 0; r < tile.queries * group; ++r)
+    if (tile.visible + r / group > chunk * CHUNK_TOKENS)
+      fold(results + r * width, next + r * width, dim);
 }
 
 // --- the whole batch ---------------------------------------------------------------------------
@@ -284,88 +335,98 @@ static std::vector<Tile> cut_tiles(const Attention<T>& on) {
   return tiles;
 }
 
-template <class T>
-static int64_t context_of(const Attention<T>&, const Tile& tile) {
-  return tile.visible + tile.queries - 1;
-}
-
-// Parts of the context per tile: enough tasks to keep every thread busy, none of them tiny.
+// Tasks that the chunks of one (tile, kv head) are divided among: enough to keep every thread busy.
 template <class T>
 static int64_t count_parts(const Attention<T>& on, const std::vector<Tile>& tiles) {
   const int64_t tasks = int64_t(tiles.size()) * on.kv_heads, threads = on.threads;
-  if (tasks == 0 || tasks >= 4 * threads) return 1;
-  int64_t longest = 0;
-  for (const Tile& tile : tiles) longest = std::max(longest, context_of(on, tile));
-  if (tasks >= threads && tasks % threads == 0) return 1;
-  return std::clamp<int64_t>(longest / MIN_PART_TOKENS, 1, divide_up(4 * threads, tasks));
+  if (tasks == 0 || tasks >= 4 * threads || tasks % threads == 0) return 1;
+  int64_t most_chunks = 1;
+  for (const Tile& tile : tiles) most_chunks = std::max(most_chunks, tile.chunks());
+  return std::min(most_chunks, divide_up(4 * threads, tasks));
 }
 
-// Per row of a part: its top, its sum, then its mixed values.
-static int64_t partial_width(int64_t dim) { return round_up(dim, LANES) + LANES; }
+// Where the results of chunks are kept when several tasks share a (tile, kv head).
+struct Kept {
+  int64_t rows = 0, chunks = 0, width = 0;  // most of any tile
+  std::unique_ptr<float[]> results;
+
+  Kept(const std::vector<Tile>& tiles, int64_t kv_heads, int64_t group, int64_t dim)
+      : width(result_width(dim)) {
+    for (const Tile& tile : tiles) {
+      rows = std::max(rows, tile.queries * group);
+      chunks = std::max(chunks, tile.chunks());
+    }
+    results.reset(new float[tiles.size() * kv_heads * chunks * rows * width]);
+  }
+  // pair: tile * kv_heads + kv_head
+  float* at(int64_t pair, int64_t chunk) const {
+    return results.get() + (pair * chunks + chunk) * rows * width;
+  }
+};
 
 template <class T>
-static void merge_row(const Attention<T>& on, int64_t token, int64_t head, const float* partials,
-                      int64_t part_stride, int64_t parts) {
-  float top = -std::numeric_limits<float>::infinity(), total = 0;
-  for (int64_t s = 0; s < parts; ++s) top = std::max(top, partials[s * part_stride]);
-  float mixed[MAX_HEAD_DIM] = {};
-  for (int64_t s = 0; s < parts; ++s) {
-    const float* part = partials + s * part_stride;
-    const float shrink = std::exp2(part[0] - top);
-    total += part[1] * shrink;
-    for (int64_t d = 0; d < on.dim; d += LANES)
-      store(mixed + d, load(mixed + d) + load(part + LANES + d) * broadcast(shrink));
-  }
-  write_row(on, token, head, mixed, total);
+static void write_tile(const Attention<T>& on, const Tile& tile, int64_t kv_head,
+                       const float* results) {
+  const int64_t group = on.group();
+  for (int64_t r = 0; r < tile.queries * group; ++r)
+    write_row(on, tile.first_query + r / group, kv_head * group + r % group,
+              results + r * result_width(on.dim));
+}
+
+template <class T>
+static void clear_rows(const Attention<T>& on, const Tile& tile, float* results) {
+  for (int64_t r = 0; r < tile.queries * on.group(); ++r)
+    clear(results + r * result_width(on.dim), on.dim);
+}
+
+// One task for each (tile, kv head): results are folded as they come.
+template <class T, class Dot>
+static void attend_whole(const Attention<T>& on, const Tile& tile, int64_t kv_head,
+                         Scratch<Dot>* scratch) {
+  clear_rows(on, tile, scratch->result);
+  attend<T, Dot>(
+      on, tile, kv_head, {0, tile.chunks()}, scratch, [&](int64_t) { return scratch->chunk; },
+      [&](int64_t chunk) {
+        fold_rows(scratch->result, scratch->chunk, tile, chunk, on.group(), on.dim);
+      });
+  write_tile(on, tile, kv_head, scratch->result);
 }
 
 template <class T, class Dot>
 static void paged_attention(const Attention<T>& on) {
   const std::vector<Tile> tiles = cut_tiles(on);
-  const int64_t parts = count_parts(on, tiles), group = on.group();
-  const int64_t tasks = int64_t(tiles.size()) * on.kv_heads * parts;
-  const int64_t width = partial_width(on.dim);
-  const int64_t tile_rows = on.tile_queries() * group;
+  const int64_t parts = count_parts(on, tiles), pairs = int64_t(tiles.size()) * on.kv_heads;
+  std::unique_ptr<Kept> kept;
+  if (parts > 1) kept.reset(new Kept(tiles, on.kv_heads, on.group(), on.dim));
   // With work to spare a thread takes all heads of a tile, one after the other.
   const int grain = int64_t(tiles.size()) >= 4 * on.threads ? int(on.kv_heads) : 1;
-  const std::unique_ptr<float[]> partials(parts > 1 ? new float[tasks * tile_rows * width]
-                                                    : nullptr);
-#pragma omp parallel num_threads(on.threads) if (tasks > 1)
+  // From the last tile: the late queries of a chunk see the most, and long work goes first.
+  const auto tile_of = [&](int64_t pair) { return tiles.size() - 1 - pair / on.kv_heads; };
+#pragma omp parallel num_threads(on.threads) if (pairs * parts > 1)
   {
     const std::unique_ptr<Scratch<Dot>> scratch(new Scratch<Dot>);
 #pragma omp for schedule(dynamic, grain)
-    for (int64_t task = 0; task < tasks; ++task) {
-      // From the last tile: the late queries of a chunk see the most, and long work goes first.
-      const int64_t t = int64_t(tiles.size()) - 1 - task / (on.kv_heads * parts);
-      const int64_t kv_head = task / parts % on.kv_heads, part = task % parts;
-      const Tile& tile = tiles[t];
-      const int64_t context = context_of(on, tile);
-      const int64_t part_tokens = round_up(divide_up(context, parts), CHUNK_TOKENS);
-      const Range range = {std::min(context, part * part_tokens),
-                           std::min(context, (part + 1) * part_tokens)};
-      attend<T, Dot>(on, tile, kv_head, range, scratch.get());
-      const int64_t padded_dim = round_up(on.dim, DEPTH_STEP);
-      for (int64_t r = 0; r < tile.queries * group; ++r) {
-        const float* mixed = scratch->mixed + r * padded_dim;
-        if (parts == 1) {
-          write_row(on, tile.first_query + r / group, kv_head * group + r % group, mixed,
-                    sum(load(scratch->total[r])));
-          continue;
-        }
-        float* to = partials.get() + (task * tile_rows + r) * width;
-        to[0] = scratch->top[r];
-        to[1] = sum(load(scratch->total[r]));
-        std::memcpy(to + LANES, mixed, on.dim * sizeof(float));
+    for (int64_t task = 0; task < pairs * parts; ++task) {
+      const int64_t pair = task / parts, part = task % parts, kv_head = pair % on.kv_heads;
+      const Tile& tile = tiles[tile_of(pair)];
+      if (!kept) {
+        attend_whole<T, Dot>(on, tile, kv_head, scratch.get());
+        continue;
       }
+      const Range mine = {tile.chunks() * part / parts, tile.chunks() * (part + 1) / parts};
+      if (mine.begin < mine.end)
+        attend<T, Dot>(
+            on, tile, kv_head, mine, scratch.get(),
+            [&](int64_t chunk) { return kept->at(pair, chunk); }, [](int64_t) {});
     }
-    if (parts > 1) {
+    if (kept) {
 #pragma omp for schedule(static)
-      for (int64_t task = 0; task < tasks; task += parts) {
-        const Tile& tile = tiles[int64_t(tiles.size()) - 1 - task / (on.kv_heads * parts)];
-        const int64_t kv_head = task / parts % on.kv_heads;
-        for (int64_t r = 0; r < tile.queries * group; ++r)
-          merge_row(on, tile.first_query + r / group, kv_head * group + r % group,
-                    partials.get() + (task * tile_rows + r) * width, tile_rows * width, parts);
+      for (int64_t pair = 0; pair < pairs; ++pair) {
+        const Tile& tile = tiles[tile_of(pair)];
+        clear_rows(on, tile, scratch->result);
+        for (int64_t chunk = 0; chunk < tile.chunks(); ++chunk)
+          fold_rows(scratch->result, kept->at(pair, chunk), tile, chunk, on.group(), on.dim);
+        write_tile(on, tile, pair % on.kv_heads, scratch->result);
       }
     }
   }

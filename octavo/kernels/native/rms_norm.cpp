@@ -17,7 +17,7 @@ static void norm_row(const T* x, const T* residual, const T* weight, T* normed, 
       h = rounded_to(x, h + load_first(residual + i, count));
       store_first(hidden + i, h, count);
     }
-    squares = squares + h * h;
+    squares = fused(h, h, squares);
   }
   const Lanes scale = broadcast(1.0f / std::sqrt(sum(squares) / width + eps));
   const T* source = residual ? hidden : x;

@@ -1,5 +1,5 @@
-// Rotary embedding in place, and the write of keys and values into the paged cache: apart, or in
-// one pass over the fused qkv tensor. See octavo/kernels/rotary.py and kv_write.py.
+// Rotary embedding in place and the write of keys and values into the paged cache, in one pass over
+// the fused qkv tensor; or the write alone. See octavo/kernels/rotary_kv_write.py and kv_write.py.
 #include "lanes.h"
 
 namespace octavo {
@@ -20,7 +20,7 @@ struct RotaryKvWriteCall {
   Heads<T> query, key, value;
   const int64_t* positions;  // [tokens]
   const float* cos_sin;      // [positions, dim], or null: do not rotate
-  T* kv_cache;               // [2, num_blocks, kv heads, block_size, dim], or null: do not write
+  T* kv_cache;               // [2, num_blocks, kv heads, block_size, dim]
   int64_t num_blocks, block_size;
   const int64_t* slots;  // [tokens]
   int64_t tokens, dim, threads;
@@ -69,7 +69,7 @@ static void rotary_kv_write(const RotaryKvWriteCall<T>& on) {
         rotate_token(on.query, t, angles, on.dim);
         rotate_token(on.key, t, angles, on.dim);
       }
-      if (on.kv_cache) write_token(on, t);
+      write_token(on, t);
     }
   }
 }

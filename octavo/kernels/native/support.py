@@ -11,16 +11,13 @@ from torch import Tensor
 from octavo.kernels import native
 from octavo.kernels.dispatch import Case
 
-FLOAT_DTYPES = (torch.bfloat16, torch.float32)
 
-
-def unsupported(case: Case, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> str | None:
+def unsupported(case: Case) -> str | None:
     """Why no compiled kernel can run the case, or None."""
     if case.device != "cpu":
         return f"made for cpu, not {case.device}"
-    if case.dtype not in dtypes:
-        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        return f"made for {names}"
+    if case.dtype not in (torch.bfloat16, torch.float32):
+        return f"made for bfloat16 and float32, not {str(case.dtype).removeprefix('torch.')}"
     return native.unavailable()
 
 
