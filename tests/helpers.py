@@ -2,11 +2,19 @@
 
 import itertools
 
-from octavo.core import Executor, Request, RequestEvent, RequestOptions, SamplingParams
+from octavo.core import Clock, Executor, Request, RequestEvent, RequestOptions, SamplingParams
 from octavo.engine import EngineCore
 from octavo.kvcache import PagedAllocator, PrefixAllocator
-from octavo.scheduler import Blocks, Scheduler, SequenceSlots, TokenBudget
-from octavo.sim import FakeExecutor
+from octavo.scheduler import (
+    Blocks,
+    QueueBounds,
+    Scheduler,
+    SequenceSlots,
+    TokenBudget,
+    create_batching,
+    create_queue,
+)
+from octavo.sim import FakeExecutor, VirtualClock
 
 VOCAB_SIZE = 1000
 _ids = itertools.count()
@@ -20,7 +28,12 @@ def create_scheduler(
     max_num_seqs: int = 8,
     max_model_len: int = 256,
     prefix_caching: bool = False,
+    policy: str = "fcfs",
+    batching: str = "chunked",
+    clock: Clock | None = None,
+    bounds: QueueBounds | None = None,
 ) -> Scheduler:
+    clock = clock or VirtualClock()
     kind = PrefixAllocator if prefix_caching else PagedAllocator
     allocator = kind(num_blocks, block_size)
     constraints = [
@@ -28,7 +41,15 @@ def create_scheduler(
         SequenceSlots(max_num_seqs),
         Blocks(allocator),
     ]
-    return Scheduler(allocator, constraints, max_model_len=max_model_len)
+    return Scheduler(
+        allocator,
+        constraints,
+        max_model_len=max_model_len,
+        queue=create_queue(policy),
+        batching=create_batching(batching, clock, max_num_seqs=max_num_seqs),
+        bounds=bounds,
+        clock=clock,
+    )
 
 
 def create_executor(scheduler: Scheduler) -> FakeExecutor:
@@ -38,8 +59,15 @@ def create_executor(scheduler: Scheduler) -> FakeExecutor:
     )
 
 
-def create_core(scheduler: Scheduler, executor: Executor | None = None) -> EngineCore:
-    return EngineCore(scheduler, executor or create_executor(scheduler), check_integrity=True)
+def create_core(
+    scheduler: Scheduler, executor: Executor | None = None, *, asynchronous: bool = False
+) -> EngineCore:
+    return EngineCore(
+        scheduler,
+        executor or create_executor(scheduler),
+        asynchronous=asynchronous,
+        check_integrity=True,
+    )
 
 
 def create_request(
@@ -48,7 +76,7 @@ def create_request(
     *,
     request_id: str | None = None,
     prompt: list[int] | None = None,
-    cache_salt: str | None = None,
+    options: RequestOptions | None = None,
     **sampling,
 ) -> Request:
     if prompt is None:
@@ -58,7 +86,7 @@ def create_request(
         prompt_token_ids=prompt,
         sampling=SamplingParams(max_tokens=max_tokens, **sampling),
         seed=0,
-        options=RequestOptions(cache_salt=cache_salt),
+        options=options or RequestOptions(),
     )
 
 

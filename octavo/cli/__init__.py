@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from octavo import __version__
-from octavo.cli import chat, explain, generate, serve
-from octavo.config import ALIASES, DEFAULT_MODEL
+from octavo.cli import chat, explain, generate, serve, why
 from octavo.errors import OctavoError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -15,6 +14,7 @@ COMMANDS: dict[str, ModuleType] = {
     "chat": chat,
     "generate": generate,
     "explain": explain,
+    "why": why,
 }
 
 
@@ -27,14 +27,6 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        command.add_argument(
-            "model",
-            nargs="?",
-            default=DEFAULT_MODEL,
-            metavar="MODEL",
-            help="an alias, a Hugging Face directory, a .gguf file or a hub id "
-            f"(default: {DEFAULT_MODEL}; aliases: {', '.join(ALIASES)})",
-        )
         module.add_flags(command)
     return parser
 

@@ -6,7 +6,7 @@ import types
 import typing
 from typing import Any
 
-from octavo.config import GROUPS, EngineOptions
+from octavo.config import ALIASES, DEFAULT_MODEL, GROUPS, EngineOptions
 from octavo.core import SamplingParams
 
 # The sampling flags that the command line offers: (field of SamplingParams, type, help).
@@ -65,7 +65,15 @@ def collect(arguments: argparse.Namespace, kind: Any) -> dict[str, Any]:
 
 
 def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every engine option."""
+    """MODEL, and flags of every engine option."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=DEFAULT_MODEL,
+        metavar="MODEL",
+        help="an alias, a Hugging Face directory, a .gguf file or a hub id "
+        f"(default: {DEFAULT_MODEL}; aliases: {', '.join(ALIASES)})",
+    )
     for title, kind in GROUPS.items():
         add_dataclass(parser, kind, title)
 

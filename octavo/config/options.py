@@ -73,8 +73,24 @@ class SchedulerOptions:
     max_num_batched_tokens: int | None = option(
         None, "tokens that one step computes; default: 1024, on a GPU 8192"
     )
+    scheduling_policy: str = option(
+        "fcfs",
+        "who goes first: in order of arrival, by priority, fairly between tenants, or by deadline",
+        ("fcfs", "priority", "fair", "deadline"),
+    )
+    batching: str = option(
+        "chunked",
+        "how a step is filled: the ladder from request-level batches to mixed steps",
+        ("static", "dynamic", "continuous", "chunked"),
+    )
+    async_scheduling: bool = option(
+        False, "plan the next step while the last one runs; the answers are the same"
+    )
     max_num_queued_reqs: int = option(
         1024, "requests that may wait; further ones are refused with Retry-After"
+    )
+    max_num_queued_tokens: int | None = option(
+        None, "prompt tokens that may wait; a good value is target TTFT times prefill speed"
     )
 
 

@@ -56,6 +56,11 @@ class ResolvedConfig:
     enable_prefix_caching: bool
     kv_cache_bytes: int | None
     gpu_memory_utilization: float
+    scheduling_policy: str
+    batching: str
+    async_scheduling: bool
+    max_num_queued_reqs: int
+    max_num_queued_tokens: int | None
     settings: tuple[Setting, ...]
 
     @property
@@ -116,9 +121,6 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
     utilization = ledger.as_given(
         "gpu_memory_utilization", options.cache.gpu_memory_utilization, "used on a GPU only"
     )
-    ledger.as_given(
-        "max_num_queued_reqs", options.scheduler.max_num_queued_reqs, "bounds the waiting queue"
-    )
     kv_cache_bytes = _kv_cache_bytes(options, facts, ledger)
     config = ResolvedConfig(
         model=model,
@@ -135,9 +137,25 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
         ),
         kv_cache_bytes=kv_cache_bytes,
         gpu_memory_utilization=utilization,
+        **_queueing(options, ledger),
         settings=(),
     )
     return _with_max_model_len(config, options, ledger)
+
+
+def _queueing(options: EngineOptions, ledger: _Ledger) -> dict[str, Any]:
+    """The settings of queue and batching, none of which needs deciding."""
+    reasons = {
+        "scheduling_policy": "in order of arrival",
+        "batching": "decodes go first, prompts fill what is left",
+        "async_scheduling": "a step on a CPU hides nothing",
+        "max_num_queued_reqs": "bounds the waiting queue",
+        "max_num_queued_tokens": "no bound by tokens",
+    }
+    return {
+        name: ledger.as_given(name, getattr(options.scheduler, name), why)
+        for name, why in reasons.items()
+    }
 
 
 def _kv_cache_bytes(options: EngineOptions, facts: DeviceFacts, ledger: _Ledger) -> int | None:

@@ -9,6 +9,7 @@ from octavo.core.sampling import SamplingParams
 from octavo.errors import ContextLengthError, RequestError
 
 MAX_SALT_CHARS = 256
+MAX_PRIORITY = 2**31
 
 
 class FinishReason(enum.StrEnum):
@@ -25,9 +26,16 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     cache_salt: requests with different salts never share cached prefixes; a secret of one tenant
         hides from the others what it asked (arXiv 2411.18191 measures the leak).
+    priority: lower goes first under the policy "priority".
+    tenant: whose share of the engine this uses under the policy "fair".
+    deadline_ms: the first token is wanted within this time of arrival; the policy "deadline" serves
+        the nearest first, and a request that cannot make it is refused at once.
     """
 
     cache_salt: str | None = None
+    priority: int = 0
+    tenant: str = ""
+    deadline_ms: int | None = None
 
     def __post_init__(self) -> None:
         salt = self.cache_salt
@@ -36,6 +44,13 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"cache_salt must be a string of 1 to {MAX_SALT_CHARS} characters",
                 param="cache_salt",
             )
+        if not isinstance(self.priority, int) or not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise RequestError(
+                f"priority must be an integer in -{MAX_PRIORITY}..{MAX_PRIORITY}", param="priority"
+            )
+        deadline = self.deadline_ms
+        if deadline is not None and (not isinstance(deadline, int) or deadline < 1):
+            raise RequestError("deadline_ms must be a positive integer", param="deadline_ms")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,7 +64,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     seed: int
     eos_token_ids: tuple[int, ...] = ()
-    arrival_time_s: float = 0.0
     options: RequestOptions = RequestOptions()
 
     @property

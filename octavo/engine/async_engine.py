@@ -5,6 +5,7 @@ Owns the child, the socket and the open streams. Knows no HTTP.
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import shutil
 import subprocess
@@ -25,15 +26,18 @@ from octavo.engine.interface import DEFAULT_OPTIONS, ServedModel, TextDelta
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
+    Explain,
+    Explanation,
     Fatal,
     News,
     PhaseDone,
     Ready,
+    Refused,
     ToEngine,
     decode_from_engine,
     encode,
 )
-from octavo.errors import EngineDeadError, OctavoError, OverloadedError
+from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
 from octavo.text import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -102,6 +106,7 @@ class AsyncEngine:
         self._model_name = model_name
         self._max_num_queued_reqs = max_num_queued_reqs
         self._streams: dict[str, _Stream] = {}  # engine request id -> its stream
+        self._explanations: dict[str, list[asyncio.Future[dict[str, list[str]]]]] = {}
         self._dead: EngineDeadError | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -181,6 +186,15 @@ class AsyncEngine:
         if self._dead is not None:
             raise self._dead
 
+    async def why(self, request_id: str) -> dict[str, list[str]]:
+        """See `ServingEngine.why`."""
+        self.check_health()
+        waiter = asyncio.get_running_loop().create_future()
+        self._explanations.setdefault(request_id, []).append(waiter)
+        self._send(Explain(request_id))
+        stories: dict[str, list[str]] = await waiter
+        return stories
+
     def _check_room(self, num_new: int) -> None:
         room = self._ready.max_num_seqs + self._max_num_queued_reqs
         if len(self._streams) + num_new > room:
@@ -210,6 +224,11 @@ class AsyncEngine:
                 stopped = [e.request_id for e in message.events if self._deliver(e)]
                 if stopped:
                     self._forget(stopped)
+            elif isinstance(message, Refused):
+                self._refuse(message)
+            elif isinstance(message, Explanation):
+                for waiter in self._explanations.pop(message.request_id, []):
+                    waiter.set_result(message.stories)
             elif isinstance(message, Fatal):
                 self._die(EngineDeadError(f"the engine stopped: {message.message}"))
                 return
@@ -230,6 +249,13 @@ class AsyncEngine:
             del stream.open[event.request_id], self._streams[event.request_id]
             return False
         return answer.finish_reason is not None
+
+    def _refuse(self, refusal: Refused) -> None:
+        """The engine did not take a request: its caller gets the exception."""
+        stream = self._streams.pop(refusal.request_id, None)
+        if stream is not None:
+            stream.open.pop(refusal.request_id, None)
+            stream.deltas.put_nowait(_refusal(refusal))
 
     async def _receive_or_death(self, watch: "asyncio.Task[None]") -> object:
         receive = asyncio.ensure_future(self._socket.recv())
@@ -253,10 +279,23 @@ class AsyncEngine:
     def _die(self, error: EngineDeadError) -> None:
         if self._dead is None:
             self._dead = error
+        for waiter in itertools.chain.from_iterable(self._explanations.values()):
+            if not waiter.done():
+                waiter.set_exception(self._dead)
+        self._explanations.clear()
         for stream in set(self._streams.values()):
             stream.open.clear()
             stream.deltas.put_nowait(self._dead)
         self._streams.clear()
+
+
+def _refusal(refusal: Refused) -> OctavoError:
+    """The exception behind a refusal, of its own class."""
+    if refusal.kind == OverloadedError.__name__:
+        return OverloadedError(refusal.message, retry_after_s=refusal.retry_after_s)
+    kind = getattr(errors, refusal.kind, RequestError)
+    error: RequestError = kind(refusal.message, param=refusal.param)
+    return error
 
 
 def _as_exception(fatal: Fatal) -> OctavoError:

@@ -16,12 +16,23 @@ from octavo.config import (
     resolve,
     with_kv_cache_bytes,
 )
+from octavo.core import Clock, SystemClock
 from octavo.engine.core import EngineCore
 from octavo.kvcache import PagedAllocator, PrefixAllocator
 from octavo.layers import Build, KernelReport, finish_layers, kv_specs
 from octavo.models import Model, create_model
 from octavo.runner import ModelRunner, allocate_kv_caches, device_facts, measure_kv_cache_bytes
-from octavo.scheduler import Blocks, Scheduler, SequenceSlots, TokenBudget
+from octavo.scheduler import (
+    Blocks,
+    Constraint,
+    PrefillSpeed,
+    QueueBounds,
+    Scheduler,
+    SequenceSlots,
+    TokenBudget,
+    create_batching,
+    create_queue,
+)
 from octavo.weights import dummy_tensors, load_weights, read_tensors
 
 PhaseListener = Callable[[str, float], None]  # (phase, seconds it took)
@@ -72,7 +83,12 @@ def build_engine(
         num_blocks = (config.kv_cache_bytes or 0) // config.kv_block_bytes
         runner = create_runner(model, config, num_blocks)
     scheduler = create_scheduler(config, num_blocks)
-    core = EngineCore(scheduler, runner, check_integrity=check_integrity)
+    core = EngineCore(
+        scheduler,
+        runner,
+        asynchronous=config.async_scheduling,
+        check_integrity=check_integrity,
+    )
     return BuiltEngine(core, checkpoint, config, num_blocks, kernels)
 
 
@@ -98,19 +114,39 @@ def create_runner(model: Model, config: ResolvedConfig, num_blocks: int) -> Mode
         dtype=getattr(torch, config.dtype),
         device=config.device,
     )
-    return ModelRunner(model, kv_caches, block_size=config.block_size, device=config.device)
+    return ModelRunner(
+        model,
+        kv_caches,
+        block_size=config.block_size,
+        device=config.device,
+        num_threads=config.num_threads,
+    )
 
 
-def create_scheduler(config: ResolvedConfig, num_blocks: int) -> Scheduler:
+def create_scheduler(
+    config: ResolvedConfig, num_blocks: int, *, clock: Clock | None = None
+) -> Scheduler:
     """The scheduler with the constraints that every engine has."""
+    clock = clock or SystemClock()
     kind = PrefixAllocator if config.enable_prefix_caching else PagedAllocator
     allocator = kind(num_blocks, config.block_size)
+    constraints: list[Constraint] = [
+        TokenBudget(config.max_num_batched_tokens),
+        SequenceSlots(config.max_num_seqs),
+        Blocks(allocator),
+    ]
+    speed = PrefillSpeed()
     return Scheduler(
         allocator,
-        [
-            TokenBudget(config.max_num_batched_tokens),
-            SequenceSlots(config.max_num_seqs),
-            Blocks(allocator),
-        ],
+        constraints,
         max_model_len=config.max_model_len,
+        queue=create_queue(config.scheduling_policy),
+        batching=create_batching(config.batching, clock, max_num_seqs=config.max_num_seqs),
+        bounds=QueueBounds(
+            speed,
+            # Those that could be admitted at once do not really wait.
+            max_num_reqs=config.max_num_seqs + config.max_num_queued_reqs,
+            max_num_tokens=config.max_num_queued_tokens,
+        ),
+        clock=clock,
     )

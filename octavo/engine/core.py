@@ -1,8 +1,9 @@
 """The engine loop. Knows no sockets, no text, no tensors: clock and executor are arguments."""
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from octavo.core import EngineStats, Executor, Request, RequestEvent
+from octavo.core import EngineStats, Executor, Request, RequestEvent, StepPlan, StepResult
 from octavo.errors import EngineDeadError
 from octavo.scheduler import Scheduler
 
@@ -12,16 +13,29 @@ MAX_FAILED_STEPS = 2  # in a row; one may be bad luck, the next means that the d
 
 
 class EngineCore:
-    """Scheduler and executor, and the step that joins them. Sole caller of both."""
+    """Scheduler and executor, and the step that joins them. Sole caller of both.
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, *, check_integrity: bool = False):
+    With `asynchronous`, step n+1 is planned and launched before the result of step n is read, so
+    that the device never waits for the scheduler. The answers are the same.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        *,
+        asynchronous: bool = False,
+        check_integrity: bool = False,
+    ):
         self._scheduler = scheduler
         self._executor = executor
         self._check_integrity = check_integrity
         self._num_failed_steps = 0
+        self._launcher = ThreadPoolExecutor(1, "octavo-executor") if asynchronous else None
+        self._ahead: tuple[StepPlan, Future[StepResult]] | None = None
 
     def add(self, request: Request) -> None:
-        """Queue a request; raises `RequestError` where it can never run."""
+        """Queue a request; raises `RequestError` or `OverloadedError` where it cannot be taken."""
         self._scheduler.add(request)
 
     def abort(self, request_ids: list[str]) -> list[RequestEvent]:
@@ -30,34 +44,60 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        """True while some request has had no terminal event."""
-        return self._scheduler.has_work
+        """True while some request has had no terminal event, or a step is in flight."""
+        return self._scheduler.has_work or self._ahead is not None
 
     def step(self) -> list[RequestEvent]:
         """Plan, run, commit: one pass of the model and the news that came of it."""
+        if self._launcher is not None:
+            return self._step_ahead(self._launcher)
         plan = self._scheduler.schedule()
         try:
-            result = self._executor.execute(plan)
-            events = self._scheduler.commit(plan, result)
+            events = self._scheduler.commit(plan, self._executor.execute(plan))
         except Exception as error:
-            self._count_failure(error)
-            failed = [share.sequence_id for share in plan.scheduled]
-            return self._scheduler.fail(failed, "the step that this request was in failed")
-        self._num_failed_steps = 0
-        if self._check_integrity:
-            self._scheduler.check_integrity()
+            return self._fail(plan, error)
+        return self._succeed(events)
+
+    def _step_ahead(self, launcher: ThreadPoolExecutor) -> list[RequestEvent]:
+        """Plan and launch a step, then read the one before it."""
+        plan = self._scheduler.schedule()
+        before, self._ahead = self._ahead, (plan, launcher.submit(self._executor.execute, plan))
+        events = [] if before is None else self._read(*before)
+        if not self._scheduler.has_work:  # nothing will follow the step in flight: read it, too
+            (plan, running), self._ahead = self._ahead, None
+            events += self._read(plan, running)
         return events
+
+    def _read(self, plan: StepPlan, running: "Future[StepResult]") -> list[RequestEvent]:
+        try:
+            events = self._scheduler.commit(plan, running.result())
+        except Exception as error:
+            return self._fail(plan, error)
+        return self._succeed(events)
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now."""
         return self._scheduler.stats()
 
-    def _count_failure(self, error: Exception) -> None:
-        """Log a failed step with its cause; give up where the one before failed as well."""
-        logger.exception("a step failed; its requests end with an error")
+    def why(self, request_id: str) -> dict[str, list[str]]:
+        """What happened to live and recently finished requests whose ids begin with this."""
+        return self._scheduler.decisions.why(request_id)
+
+    def _succeed(self, events: list[RequestEvent]) -> list[RequestEvent]:
+        self._num_failed_steps = 0
+        if self._check_integrity:
+            self._scheduler.check_integrity()
+        return events
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[RequestEvent]:
+        """End the requests of a failed step; give up where the one before failed as well."""
+        logger.error("a step failed; its requests end with an error", exc_info=error)
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
             raise EngineDeadError(
                 f"{MAX_FAILED_STEPS} steps in a row failed, the last with "
                 f"{type(error).__name__}: {error}"
             ) from error
+        self._scheduler.discard(plan)
+        failed = [share.sequence_id for share in plan.scheduled]
+        return self._scheduler.fail(failed, "the step that this request was in failed")

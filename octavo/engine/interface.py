@@ -61,6 +61,10 @@ class ServingEngine(Protocol):
         """
         ...
 
+    async def why(self, request_id: str) -> dict[str, list[str]]:
+        """What happened to live and recently finished requests whose ids begin with this."""
+        ...
+
     def stats(self) -> EngineStats:
         """The latest gauges."""
         ...

@@ -17,6 +17,12 @@ class AbortRequests(msgspec.Struct, frozen=True, tag=True):
     request_ids: list[str]
 
 
+class Explain(msgspec.Struct, frozen=True, tag=True):
+    """Tell the story of a request: of all engine requests whose ids begin with this."""
+
+    request_id: str
+
+
 class PhaseDone(msgspec.Struct, frozen=True, tag=True):
     """A phase of the start-up is over."""
 
@@ -42,6 +48,23 @@ class News(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
 
 
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """A request was not taken; it has no events. `kind` is the name of the exception."""
+
+    request_id: str
+    kind: str
+    message: str
+    param: str | None = None
+    retry_after_s: float = 1.0
+
+
+class Explanation(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Explain`: for each engine request, a sentence for each phase."""
+
+    request_id: str
+    stories: dict[str, list[str]]
+
+
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """The engine's last words; `kind` is the name of the exception."""
 
@@ -49,8 +72,8 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = AddRequests | AbortRequests
-FromEngine = PhaseDone | Ready | News | Fatal
+ToEngine = AddRequests | AbortRequests | Explain
+FromEngine = PhaseDone | Ready | News | Refused | Explanation | Fatal
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

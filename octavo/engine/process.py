@@ -16,19 +16,22 @@ import msgspec
 import zmq
 
 from octavo.config import EngineOptions
-from octavo.core import FinishReason, RequestEvent
+from octavo.core import RequestEvent
 from octavo.engine.core import EngineCore
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
+    Explain,
+    Explanation,
     Fatal,
     News,
     PhaseDone,
     Ready,
+    Refused,
     decode_to_engine,
     encode,
 )
-from octavo.errors import RequestError
+from octavo.errors import OverloadedError, RequestError
 
 logger = logging.getLogger("octavo.engine")
 
@@ -96,17 +99,20 @@ def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> list[RequestEvent
                 for request in requests:
                     try:
                         core.add(request)
-                    except RequestError as error:
-                        events.append(
-                            RequestEvent(
-                                request.request_id,
-                                finish_reason=FinishReason.ERROR,
-                                error=str(error),
-                            )
-                        )
+                    except (RequestError, OverloadedError) as error:
+                        socket.send(encode(_refusal(request.request_id, error)))
             case AbortRequests(request_ids):
                 events += core.abort(request_ids)
+            case Explain(request_id):
+                socket.send(encode(Explanation(request_id, core.why(request_id))))
     return events
+
+
+def _refusal(request_id: str, error: RequestError | OverloadedError) -> Refused:
+    kind = type(error).__name__
+    if isinstance(error, OverloadedError):
+        return Refused(request_id, kind, str(error), retry_after_s=error.retry_after_s)
+    return Refused(request_id, kind, str(error), error.param)
 
 
 if __name__ == "__main__":

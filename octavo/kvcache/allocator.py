@@ -35,7 +35,7 @@ class Allocator(Protocol):
         ...
 
     def computed(self, sequence: Sequence) -> None:
-        """KV of the sequence's first `num_computed_tokens` tokens is now in its blocks."""
+        """KV of the sequence's first `num_committed_tokens` tokens is now in its blocks."""
         ...
 
     def free(self, sequence: Sequence) -> None:
@@ -105,7 +105,7 @@ class PrefixAllocator(PagedAllocator):
     def start(self, sequence: Sequence) -> int:
         """A table of the blocks found. The last token is always computed: its logits are needed."""
         sequence.block_ids = []
-        num_findable = (sequence.num_tokens - 1) // self.block_size
+        num_findable = (len(sequence.token_ids) - 1) // self.block_size
         for index in range(num_findable):
             block_id = self._pool.find(self._key(sequence, index))
             if block_id is None:
@@ -117,7 +117,7 @@ class PrefixAllocator(PagedAllocator):
 
     def computed(self, sequence: Sequence) -> None:
         """Let the blocks that have just become full be found."""
-        num_full = sequence.num_computed_tokens // self.block_size
+        num_full = sequence.num_committed_tokens // self.block_size
         while sequence.num_named_blocks < num_full:
             index = sequence.num_named_blocks
             self._pool.name(sequence.block_ids[index], self._key(sequence, index))

@@ -1,5 +1,7 @@
 """Plan → tensors → model → sampled ids. Knows no HTTP, no text and no queues."""
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -31,16 +33,27 @@ def allocate_kv_caches(
 class ModelRunner:
     """The executor that runs a model. Sole writer of its rows and of the KV storage."""
 
-    def __init__(self, model: Model, kv_caches: list[Tensor], *, block_size: int, device: str):
+    def __init__(
+        self,
+        model: Model,
+        kv_caches: list[Tensor],
+        *,
+        block_size: int,
+        device: str,
+        num_threads: int | None = None,
+    ):
         self._model = model
         self._kv_caches = kv_caches
         self._block_size = block_size
         self._device = device
+        self._num_threads = num_threads
+        self._thread: int | None = None  # the one that `num_threads` was last set for
         self._rows: dict[str, Row] = {}
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step; the result has a token for each share that `samples`."""
+        self._set_num_threads()
         self._update_rows(plan)
         if not plan.scheduled:
             return StepResult(plan.step, ())
@@ -57,8 +70,15 @@ class ModelRunner:
         logits = self._model.logits(hidden[inputs.sample_index])
         sampled = sample(logits, inputs.sample_rows)
         for row, token in zip(inputs.sample_rows, sampled, strict=True):
-            row.token_ids.append(token.token_id)
+            # A failed row has no token; a step already planned may still run it on any id.
+            row.token_ids.append(max(token.token_id, 0))
         return StepResult(plan.step, tuple(sampled))
+
+    def _set_num_threads(self) -> None:
+        """OpenMP counts threads for each calling thread apart, and steps may come from another."""
+        if self._num_threads is not None and self._thread != threading.get_ident():
+            self._thread = threading.get_ident()
+            torch.set_num_threads(self._num_threads)
 
     def _update_rows(self, plan: StepPlan) -> None:
         """Apply the plan's difference to the rows."""

@@ -1,6 +1,27 @@
 """Which sequences run in a step, and how many of their tokens. Pure Python, no torch."""
 
+from octavo.scheduler.admission import PrefillSpeed, QueueBounds
+from octavo.scheduler.batching import BATCHINGS, Batching, create_batching
 from octavo.scheduler.constraints import Blocks, Constraint, SequenceSlots, TokenBudget
+from octavo.scheduler.decisions import DecisionLog, Phase, Story
+from octavo.scheduler.queues import POLICIES, QueuePolicy, create_queue
 from octavo.scheduler.scheduler import Scheduler
 
-__all__ = ["Blocks", "Constraint", "Scheduler", "SequenceSlots", "TokenBudget"]
+__all__ = [
+    "BATCHINGS",
+    "POLICIES",
+    "Batching",
+    "Blocks",
+    "Constraint",
+    "DecisionLog",
+    "Phase",
+    "PrefillSpeed",
+    "QueueBounds",
+    "QueuePolicy",
+    "Scheduler",
+    "SequenceSlots",
+    "Story",
+    "TokenBudget",
+    "create_batching",
+    "create_queue",
+]

@@ -18,8 +18,8 @@ class Constraint(Protocol):
     name: str
     preempts: bool  # a running sequence bound by this limit may push a younger one out
 
-    def begin_step(self) -> None:
-        """Forget what the last step used."""
+    def begin_step(self, num_running: int) -> None:
+        """Forget what the last step used; so many sequences run as this one begins."""
         ...
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
@@ -27,7 +27,15 @@ class Constraint(Protocol):
         ...
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
-        """The sequence runs this many tokens in this step."""
+        """The sequence runs this many tokens in this step. A waiting one is thereby admitted."""
+        ...
+
+    def release(self, sequence: Sequence) -> None:
+        """A running sequence that was given nothing yet in this step was pushed out."""
+        ...
+
+    def explain(self, sequence: Sequence) -> tuple[object, ...]:
+        """The numbers behind a refusal: a format string and what goes into it."""
         ...
 
 
@@ -44,7 +52,7 @@ class TokenBudget:
         self.max_num_batched_tokens = max_num_batched_tokens
         self._num_left = 0
 
-    def begin_step(self) -> None:
+    def begin_step(self, num_running: int) -> None:
         self._num_left = self.max_num_batched_tokens
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
@@ -52,6 +60,12 @@ class TokenBudget:
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
         self._num_left -= num_tokens
+
+    def release(self, sequence: Sequence) -> None:
+        pass
+
+    def explain(self, sequence: Sequence) -> tuple[object, ...]:
+        return ("a step computes at most {} tokens", self.max_num_batched_tokens)
 
 
 class SequenceSlots:
@@ -62,16 +76,23 @@ class SequenceSlots:
 
     def __init__(self, max_num_seqs: int):
         self.max_num_seqs = max_num_seqs
-        self._num_used = 0
+        self._num_running = 0
 
-    def begin_step(self) -> None:
-        self._num_used = 0
+    def begin_step(self, num_running: int) -> None:
+        self._num_running = num_running
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
-        return num_tokens if self._num_used < self.max_num_seqs else 0
+        has_place = sequence.status is SequenceStatus.RUNNING
+        return num_tokens if has_place or self._num_running < self.max_num_seqs else 0
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
-        self._num_used += 1
+        self._num_running += sequence.status is SequenceStatus.WAITING
+
+    def release(self, sequence: Sequence) -> None:
+        self._num_running -= 1
+
+    def explain(self, sequence: Sequence) -> tuple[object, ...]:
+        return ("all {} places are taken", self.max_num_seqs)
 
 
 class Blocks:
@@ -87,15 +108,23 @@ class Blocks:
 
     def __init__(self, allocator: Allocator):
         self._allocator = allocator
-        self._num_served = 0
+        self._num_running = 0
 
-    def begin_step(self) -> None:
-        self._num_served = 0
+    def begin_step(self, num_running: int) -> None:
+        self._num_running = num_running
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
         missing = self._allocator.num_missing_blocks(sequence, sequence.num_tokens)
-        reserve = self._num_served if sequence.status is SequenceStatus.WAITING else 0
+        reserve = self._num_running if sequence.status is SequenceStatus.WAITING else 0
         return num_tokens if missing + reserve <= self._allocator.num_free_blocks else 0
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
-        self._num_served += 1
+        self._num_running += sequence.status is SequenceStatus.WAITING
+
+    def release(self, sequence: Sequence) -> None:
+        self._num_running -= 1
+
+    def explain(self, sequence: Sequence) -> tuple[object, ...]:
+        needed = self._allocator.num_missing_blocks(sequence, sequence.num_tokens)
+        free = self._allocator.num_free_blocks
+        return ("needed {}, free {}, {} kept for running requests", needed, free, self._num_running)

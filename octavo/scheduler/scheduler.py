@@ -1,57 +1,86 @@
-"""Who runs in a step and how much. Pure Python: no torch, no wall-clock time, no text.
+"""Who runs in a step and how much. Pure Python: no torch, no text; time is an argument.
 
 There is no prefill phase and no decode phase. Each sequence has `num_computed_tokens` and
 `num_tokens`; every step gives sequences tokens so that the first catches up with the second.
 Chunked prefill, prefix hits and recomputation after preemption are corollaries.
+
+A plan may be made before the result of the last one is read (the asynchronous loop): tokens in
+flight count as computed, and a sampled id that is still on its way counts as known, for the runner
+has it. What turns out to be over at commit may have run one token too many; that token is dropped,
+and its blocks stay held until the last step that can write them is committed.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
 
 from octavo.core import (
+    Clock,
     EngineStats,
     FinishReason,
-    NewSequence,
     Request,
     RequestEvent,
     SampledToken,
-    ScheduledTokens,
     Sequence,
     SequenceStatus,
     StepPlan,
     StepResult,
+    SystemClock,
     resolve_max_tokens,
 )
-from octavo.errors import CapacityError, IntegrityError, RequestError
+from octavo.errors import IntegrityError, RequestError
 from octavo.kvcache import Allocator
+from octavo.scheduler.admission import PrefillSpeed, QueueBounds, check_capacity
+from octavo.scheduler.batching import Batching, Chunked
 from octavo.scheduler.constraints import Constraint
+from octavo.scheduler.decisions import DecisionLog
+from octavo.scheduler.queues import FirstComeFirstServed, QueuePolicy
+from octavo.scheduler.step import StepBuilder
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A plan whose result has not been read."""
+
+    plan: StepPlan
+    # The sequences of its shares, with how often each had been preempted: a result that comes for
+    # an earlier life of a sequence must not be booked to a later one.
+    shares: list[tuple[Sequence, int]]
+    start_s: float
+    to_free: list[Sequence] = field(default_factory=list)
 
 
 class Scheduler:
-    """Queues, the scheduling rule and the commit. Sole writer of every `Sequence`.
-
-    Running sequences go first, oldest first, then waiting ones, first come first served. When the
-    KV pool runs dry, the youngest running sequence gives all its blocks back and is computed again
-    later ("preemption by recompute").
-    """
+    """Queues, plans and commits. Sole writer of every `Sequence` outside a step's planning."""
 
     def __init__(
-        self, allocator: Allocator, constraints: SequenceOf[Constraint], *, max_model_len: int
+        self,
+        allocator: Allocator,
+        constraints: SequenceOf[Constraint],
+        *,
+        max_model_len: int,
+        queue: QueuePolicy | None = None,
+        batching: Batching | None = None,
+        bounds: QueueBounds | None = None,
+        clock: Clock | None = None,
     ):
         self.allocator = allocator
         self.max_model_len = max_model_len
+        self._clock = clock or SystemClock()
+        self.decisions = DecisionLog(self._clock)
         self._constraints = tuple(constraints)
-        self._waiting: deque[Sequence] = deque()
+        # An empty queue is false, so `or` would not do.
+        self._waiting = FirstComeFirstServed() if queue is None else queue
+        self._batching = batching or Chunked()
+        self._bounds = bounds or QueueBounds(PrefillSpeed())
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
+        self._in_flight: deque[_InFlight] = deque()
         self._dropped: list[str] = []  # the runner has not been told yet
-        self._num_steps = 0
-        self._num_preemptions = 0
-        self._num_prompt_tokens = 0
-        self._num_generation_tokens = 0
-        self._num_prefix_queries = 0
-        self._num_prefix_hits = 0
+        self._num_queued_tokens = 0
+        self._counts = {"steps": 0, "preemptions": 0, "prompt": 0, "output": 0}
+        self._prefix = {"queries": 0, "hits": 0}
 
     # Requests come and go.
 
@@ -60,6 +89,7 @@ class Scheduler:
 
         Raises:
             RequestError: it could never run: id in use, too long for the context or for the pool.
+            OverloadedError: the queue is full, or the request could not be answered in time.
         """
         if request.request_id in self._sequences:
             raise RequestError(f"request id {request.request_id} is in use", param="request_id")
@@ -68,10 +98,17 @@ class Scheduler:
             num_prompt_tokens, request.sampling.max_tokens, self.max_model_len
         )
         # The last token generated is never computed, so it needs no slot.
-        self._check_capacity(num_prompt_tokens + max_tokens - 1)
-        sequence = Sequence(request, max_tokens)
+        check_capacity(self.allocator, num_prompt_tokens + max_tokens - 1)
+        sequence = Sequence(request, max_tokens, arrival_s=self._clock.now())
+        self._bounds.check(
+            sequence,
+            num_queued=len(self._waiting),
+            num_queued_tokens=self._num_queued_tokens,
+        )
         self._sequences[sequence.id] = sequence
-        self._waiting.append(sequence)
+        self._waiting.add(sequence)
+        self._num_queued_tokens += num_prompt_tokens
+        self.decisions.arrives(sequence.id, num_prompt_tokens)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestEvent]:
         """End these requests now; unknown ids are ignored, for they may just have finished."""
@@ -90,121 +127,79 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Plan the next step. Empty where nothing can run."""
-        for constraint in self._constraints:
-            constraint.begin_step()
-        new: list[NewSequence] = []
-        scheduled: list[ScheduledTokens] = []
-        preempted = self._serve_running(scheduled)
-        if not preempted:  # what was pushed out a moment ago must not come straight back
-            self._admit_waiting(new, scheduled)
+        step = StepBuilder(
+            self._running,
+            self._waiting,
+            allocator=self.allocator,
+            constraints=self._constraints,
+            log=self.decisions,
+        )
+        self._batching.fill(step)
+        for sequence in step.preempted:
+            self._dropped.append(sequence.id)
+            self._num_queued_tokens += sequence.num_prompt_tokens
+        for new in step.new:
+            self._note_admitted(self._sequences[new.sequence_id])
         dropped, self._dropped = tuple(self._dropped), []
-        self._num_steps += 1
-        return StepPlan(self._num_steps, tuple(new), tuple(scheduled), dropped)
+        self._counts["steps"] += 1
+        self._counts["preemptions"] += len(step.preempted)
+        plan = StepPlan(self._counts["steps"], tuple(step.new), tuple(step.scheduled), dropped)
+        sequences = [self._sequences[share.sequence_id] for share in plan.scheduled]
+        shares = [(sequence, sequence.num_preemptions) for sequence in sequences]
+        self._in_flight.append(_InFlight(plan, shares, self._clock.now()))
+        return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestEvent]:
-        """Book what the runner did; return the news."""
-        if result.step != plan.step:
-            raise IntegrityError(f"the result of step {result.step} came for step {plan.step}")
-        for share in plan.scheduled:
-            sequence = self._sequences.get(share.sequence_id)
-            if sequence is not None:
-                before = sequence.num_computed_tokens
-                sequence.num_computed_tokens = before + share.num_tokens
-                prompt_left = max(0, sequence.num_prompt_tokens - before)
-                self._num_prompt_tokens += min(prompt_left, share.num_tokens)
+        """Book what the runner did; return the news. Plans are committed in order."""
+        sampled = {token.sequence_id: token for token in result.sampled}
+        _check_result(plan, result, sampled)
+        flight = self._land(plan)
+        num_prompt_tokens = 0
+        events = []
+        for share, (sequence, life) in zip(plan.scheduled, flight.shares, strict=True):
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            if sequence.num_preemptions == life:
+                num_prompt_tokens += sequence.commit(share.num_tokens)
                 self.allocator.computed(sequence)
-        return [
-            self._commit_token(sequence, sampled)
-            for sampled in result.sampled
-            if (sequence := self._sequences.get(sampled.sequence_id)) is not None
-        ]
+            if share.samples:
+                events.append(self._commit_token(sequence, sampled[share.sequence_id]))
+        self._counts["prompt"] += num_prompt_tokens
+        if num_prompt_tokens:
+            self._bounds.speed.note(num_prompt_tokens, self._clock.now() - flight.start_s)
+        return events
 
-    def _serve_running(self, scheduled: list[ScheduledTokens]) -> bool:
-        """Give running sequences their tokens; return whether one had to be pushed out."""
-        preempted = False
-        index = 0
-        while index < len(self._running):
-            sequence = self._running[index]
-            num_tokens, bound_by = self._allowance(sequence)
-            if num_tokens > 0:
-                scheduled.append(self._grant(sequence, num_tokens))
-            elif bound_by is not None and bound_by.preempts:
-                self._preempt(self._running[-1])
-                preempted = True
-                continue  # ask again, unless it was itself the youngest
-            index += 1
-        return preempted
+    def discard(self, plan: StepPlan) -> None:
+        """There will be no result for this plan; whoever ran in it must be ended by `fail`."""
+        self._land(plan)
 
-    def _admit_waiting(self, new: list[NewSequence], scheduled: list[ScheduledTokens]) -> None:
-        """Admit waiting sequences in order until one does not fit."""
-        while self._waiting:
-            sequence = self._waiting[0]
-            sequence.num_computed_tokens = self.allocator.start(sequence)
-            num_tokens, _ = self._allowance(sequence)
-            if num_tokens == 0:
-                self.allocator.free(sequence)
-                sequence.num_computed_tokens = 0
-                return
-            self._waiting.popleft()
-            self._note_prefix(sequence)
-            share = self._grant(sequence, num_tokens)
-            sequence.status = SequenceStatus.RUNNING
-            self._running.append(sequence)
-            new.append(_introduce(sequence))
-            scheduled.append(
-                ScheduledTokens(share.sequence_id, share.num_tokens, (), share.samples)
-            )
+    def _land(self, plan: StepPlan) -> _InFlight:
+        """The oldest plan is over: free what waited for it."""
+        if not self._in_flight or self._in_flight[0].plan is not plan:
+            raise IntegrityError(f"step {plan.step} is not the oldest one in flight")
+        flight = self._in_flight.popleft()
+        for sequence in flight.to_free:
+            self.allocator.free(sequence)
+        return flight
 
-    def _note_prefix(self, sequence: Sequence) -> None:
-        """Count what the prefix cache was asked for and gave, once for each request."""
+    def _note_admitted(self, sequence: Sequence) -> None:
+        self._num_queued_tokens -= sequence.num_prompt_tokens
         if sequence.num_preemptions == 0:
-            sequence.num_cached_tokens = sequence.num_computed_tokens
-            self._num_prefix_queries += sequence.num_prompt_tokens
-            self._num_prefix_hits += sequence.num_cached_tokens
-
-    def _allowance(self, sequence: Sequence) -> tuple[int, Constraint | None]:
-        """How many tokens all constraints allow, and which one said the least."""
-        num_tokens = sequence.num_uncomputed_tokens
-        bound_by = None
-        for constraint in self._constraints:
-            allowed = constraint.allow(sequence, num_tokens)
-            if allowed < num_tokens:
-                num_tokens, bound_by = allowed, constraint
-                if allowed == 0:
-                    break
-        return num_tokens, bound_by
-
-    def _grant(self, sequence: Sequence, num_tokens: int) -> ScheduledTokens:
-        for constraint in self._constraints:
-            constraint.take(sequence, num_tokens)
-        added = self.allocator.extend(sequence, sequence.num_tokens)
-        samples = num_tokens == sequence.num_uncomputed_tokens
-        return ScheduledTokens(sequence.id, num_tokens, tuple(added), samples)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Push a running sequence out; it goes first when there is room again."""
-        self._running.remove(sequence)
-        self.allocator.free(sequence)
-        sequence.num_computed_tokens = 0
-        sequence.num_preemptions += 1
-        sequence.status = SequenceStatus.WAITING
-        self._num_preemptions += 1
-        self._dropped.append(sequence.id)
-        self._waiting.appendleft(sequence)
+            self._prefix["queries"] += sequence.num_prompt_tokens
+            self._prefix["hits"] += sequence.num_cached_tokens
 
     def _commit_token(self, sequence: Sequence, sampled: SampledToken) -> RequestEvent:
         if sampled.error is not None:
             return self._finish(sequence, FinishReason.ERROR, sampled.error)
-        self._num_generation_tokens += 1
+        self._counts["output"] += 1
         reason = sequence.append(sampled.token_id)
         if reason is not None:
             self._finish(sequence, reason)
-        logprobs = None if sampled.logprobs is None else (sampled.logprobs,)
         is_first = sequence.num_output_tokens == 1
         return RequestEvent(
             sequence.id,
             (sampled.token_id,),
-            logprobs,
+            None if sampled.logprobs is None else (sampled.logprobs,),
             reason,
             num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
         )
@@ -224,21 +219,16 @@ class Scheduler:
             self._dropped.append(sequence.id)  # the runner knows the running ones, and no others
         else:
             self._waiting.remove(sequence)
-        self.allocator.free(sequence)
+            self._num_queued_tokens -= sequence.num_prompt_tokens
+        if self._in_flight and sequence.block_ids:
+            self._in_flight[-1].to_free.append(sequence)
+        else:
+            self.allocator.free(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         del self._sequences[sequence.id]
+        self.decisions.ends(sequence.id, reason.value if error is None else error)
         return RequestEvent(sequence.id, finish_reason=reason, error=error)
-
-    def _check_capacity(self, num_tokens: int) -> None:
-        block_size, num_blocks = self.allocator.block_size, self.allocator.num_blocks
-        needed = -(-num_tokens // block_size)
-        if needed > num_blocks:
-            raise CapacityError(
-                f"the request needs {needed} KV blocks of {block_size} tokens, but the whole pool "
-                f"has {num_blocks}; ask for fewer tokens or give the pool more memory",
-                param="max_tokens",
-            )
 
     # Reports.
 
@@ -249,20 +239,21 @@ class Scheduler:
             num_waiting=len(self._waiting),
             num_free_blocks=self.allocator.num_free_blocks,
             num_blocks=self.allocator.num_blocks,
-            num_preemptions=self._num_preemptions,
-            num_steps=self._num_steps,
-            num_prompt_tokens=self._num_prompt_tokens,
-            num_generation_tokens=self._num_generation_tokens,
-            num_prefix_queries=self._num_prefix_queries,
-            num_prefix_hits=self._num_prefix_hits,
+            num_preemptions=self._counts["preemptions"],
+            num_steps=self._counts["steps"],
+            num_prompt_tokens=self._counts["prompt"],
+            num_generation_tokens=self._counts["output"],
+            num_prefix_queries=self._prefix["queries"],
+            num_prefix_hits=self._prefix["hits"],
+            waiting_by_reason=self.decisions.waiting_by_reason(),
         )
 
     def check_integrity(self) -> None:
         """Recount queues and blocks from scratch; raise `IntegrityError` on any difference."""
-        queued = [s.id for s in self._waiting] + [s.id for s in self._running]
-        if sorted(queued) != sorted(self._sequences):
+        waiting = list(self._waiting)
+        if sorted(s.id for s in waiting + self._running) != sorted(self._sequences):
             raise IntegrityError("the queues do not hold exactly the live sequences")
-        for sequence in self._waiting:
+        for sequence in waiting:
             if sequence.status is not SequenceStatus.WAITING or sequence.block_ids:
                 raise IntegrityError(f"{sequence.id} waits but is not in a waiting state")
         for sequence in self._running:
@@ -270,19 +261,17 @@ class Scheduler:
                 raise IntegrityError(f"{sequence.id} runs but is not in a running state")
             if sequence.num_computed_tokens > len(sequence.block_ids) * self.allocator.block_size:
                 raise IntegrityError(f"{sequence.id} has computed more tokens than it has slots")
-        self.allocator.check_integrity(self._sequences.values())
+        queued_tokens = sum(s.num_prompt_tokens for s in waiting)
+        if queued_tokens != self._num_queued_tokens:
+            raise IntegrityError("the count of queued prompt tokens is wrong")
+        held = [s for flight in self._in_flight for s in flight.to_free]
+        self.allocator.check_integrity([*self._sequences.values(), *held])
 
 
-def _introduce(sequence: Sequence) -> NewSequence:
-    """A sequence in full, as the runner needs it at first sight. Blocks were just given to it."""
-    request = sequence.request
-    return NewSequence(
-        sequence_id=sequence.id,
-        token_ids=tuple(sequence.token_ids),
-        num_prompt_tokens=sequence.num_prompt_tokens,
-        num_computed_tokens=sequence.num_computed_tokens,
-        block_ids=tuple(sequence.block_ids),
-        sampling=request.sampling,
-        seed=request.seed,
-        stop_ids=sequence.stop_ids,
-    )
+def _check_result(plan: StepPlan, result: StepResult, sampled: dict[str, SampledToken]) -> None:
+    """Refuse a result that does not answer the plan, before anything of it is booked."""
+    if result.step != plan.step:
+        raise IntegrityError(f"the result of step {result.step} came for step {plan.step}")
+    missing = [s.sequence_id for s in plan.scheduled if s.samples and s.sequence_id not in sampled]
+    if missing:
+        raise IntegrityError(f"step {plan.step} brought no token for {missing[:4]}")

@@ -95,6 +95,14 @@ class _EngineGauges(Collector):
             ),
             ("prefix_cache_hits", "Prompt tokens found there", stats.num_prefix_hits),
         ]
+        by_reason = GaugeMetricFamily(
+            PREFIX + "num_requests_waiting_by_reason",
+            "Requests in the queue, by the limit that binds them",
+            labels=["reason"],
+        )
+        for reason, count in stats.waiting_by_reason.items():
+            by_reason.add_metric([reason], count)
+        yield by_reason
         for name, text, value in gauges:
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, value in counters:

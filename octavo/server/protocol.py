@@ -52,6 +52,9 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
+    priority: int = 0
+    tenant: str = ""
+    deadline_ms: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -157,7 +157,12 @@ class OpenAIRoutes:
             self._state.engine,
             shape.options.prompts,
             sampling,
-            options=RequestOptions(cache_salt=fields.cache_salt),
+            options=RequestOptions(
+                cache_salt=fields.cache_salt,
+                priority=fields.priority,
+                tenant=fields.tenant,
+                deadline_ms=fields.deadline_ms,
+            ),
             response_id=shape.id,
             metrics=self._state.metrics,
             arrival_s=arrival_s,

@@ -9,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.server.errors import unavailable
+from octavo.server.errors import ErrorReply, HttpError, unavailable
 from octavo.server.replies import json_response
 from octavo.server.state import Route, ServerState
 
@@ -27,6 +27,7 @@ class OpsRoutes:
             Route("GET", "/ready", self.ready),
             Route("GET", "/version", self.version),
             Route("GET", "/metrics", self.metrics),
+            Route("GET", "/debug/requests/{request_id}", self.why),
             Route("GET", "/", self.root),
         ]
 
@@ -50,6 +51,15 @@ class OpsRoutes:
         """Prometheus text."""
         exposition = self._state.metrics.exposition()
         return Response(exposition, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def why(self, request: Request) -> Response:
+        """What the scheduler decided about a request, a sentence for each phase."""
+        request_id = request.path_params["request_id"]
+        stories = await self._state.engine.why(request_id)
+        if not stories:
+            message = "no live or recently finished request has this id"
+            raise HttpError(ErrorReply(404, message, "invalid_request_error", "request_id"))
+        return json_response({"id": request_id, "answers": stories})
 
     async def root(self, request: Request) -> Response:
         """Something for whoever opens the address in a browser."""

@@ -71,6 +71,10 @@ class FakeEngine:
         if self.script.dead:
             raise EngineDeadError("the fake engine is dead: /fake/path.py line 1")
 
+    async def why(self, request_id: str) -> dict[str, list[str]]:
+        """A story for each live request whose id begins with this."""
+        return {name: ["running"] for name in self.live if name.startswith(request_id)}
+
     def stats(self) -> EngineStats:
         """Every live request runs, on as many blocks as its prompt needs."""
         num_used = sum(len(self.requests[i][0]) // _TOKENS_PER_BLOCK + 1 for i in self.live)

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -105,37 +106,51 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before
 
+    def wait_for_more(self, timeout_s=30.0):
+        ready, _, _ = select.select([] if self.seen else [self.fd], [], [], timeout_s)
+        assert ready or self.seen, "nothing more came"
+
     def send(self, text):
         os.write(self.fd, text.encode())
 
-    def close(self):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error is not None:
+            os.kill(self.pid, signal.SIGKILL)
         status = os.waitpid(self.pid, 0)[1]
         os.close(self.fd)  # afterwards: it would hang up on a program that still runs
-        return os.waitstatus_to_exitcode(status)
+        if error is None:
+            assert os.waitstatus_to_exitcode(status) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*use of forkpty.*:DeprecationWarning")
-def test_chat_streams_stops_resets_and_reports(model):
-    chat = Terminal("chat", model, "--temperature", "0", "--max-tokens", "400", *SMALL)
-    try:
+def test_chat_streams_stops_resets_and_reports(tmp_path):
+    # A long context, so that the answer is surely not over when it is stopped.
+    model = str(write_tiny_llama(tmp_path / "tiny", max_position_embeddings=16384, eos_token_id=[]))
+    flags = ["--temperature", "0", "--max-tokens", "16000", *SMALL]
+    with Terminal("chat", model, *flags) as chat:
         chat.wait_for("\n> ")
         chat.send("hello\n")
         chat.wait_for("hello\r\n")
+        chat.wait_for_more()  # the answer has begun
         chat.send("\x03")  # Ctrl-C during the answer: it ends, the program does not
         chat.wait_for("[stopped]")
         chat.wait_for("\n> ")
         chat.send("/stats\n")
         assert "2 messages" in chat.wait_for("blocks in use: 0 of")
         chat.wait_for("\n> ")
+        time.sleep(0.2)  # Python notices a Ctrl-C only once it really reads
         chat.send("\x03")  # Ctrl-C at the prompt drops the line
         chat.wait_for("\n> ")
         chat.send("/reset\n")
         chat.wait_for("a new conversation")
+        chat.wait_for("\n> ")
         chat.send("/stats\n")
         assert "0 messages" in chat.wait_for("tokens/s")
+        chat.wait_for("\n> ")
         chat.send("/exit\n")
-    finally:
-        assert chat.close() == 0
 
 
 def test_the_end_of_the_input_ends_a_chat(model):

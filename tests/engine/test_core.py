@@ -13,8 +13,9 @@ from helpers import (
     tokens_of,
 )
 
-from octavo.core import FinishReason, SampledToken, StepResult
+from octavo.core import FinishReason, RequestOptions, SampledToken, StepResult
 from octavo.errors import EngineDeadError
+from octavo.scheduler import BATCHINGS, POLICIES
 from octavo.sim import oracle_tokens
 
 
@@ -26,15 +27,21 @@ def test_any_workload_on_any_pool_gives_each_request_its_text_and_one_end(seed):
         max_num_batched_tokens=rng.randint(1, 40),
         max_num_seqs=rng.randint(1, 10),
         prefix_caching=rng.random() < 0.6,
+        policy=rng.choice(sorted(POLICIES)),
+        batching=rng.choice(BATCHINGS),
     )
-    core = create_core(scheduler)
+    core = create_core(scheduler, asynchronous=seed % 3 == 0)
     beginnings = [[rng.randrange(VOCAB_SIZE) for _ in range(20)] for _ in range(3)]
     requests = [
         create_request(
             prompt=rng.choice(beginnings)[: rng.randint(1, 20)]
             + [rng.randrange(VOCAB_SIZE) for _ in range(rng.randint(0, 20))],
             max_tokens=rng.randint(1, 30),
-            cache_salt=rng.choice((None, None, "tenant")),
+            options=RequestOptions(
+                cache_salt=rng.choice((None, None, "tenant")),
+                priority=rng.randint(0, 2),
+                tenant=rng.choice("ab"),
+            ),
         )
         for _ in range(16)
     ]

@@ -11,6 +11,7 @@ from helpers import (
     tokens_of,
 )
 
+from octavo.core import RequestOptions
 from octavo.kvcache import BlockPool
 from octavo.kvcache.prefix import block_key, chain_root
 from octavo.sim import oracle_tokens
@@ -55,10 +56,10 @@ def test_answers_are_found_too_when_a_conversation_goes_on(core):
 
 
 def test_salts_keep_tenants_apart(core):
-    assert run(core, create_request(prompt=PREFIX, cache_salt="a")) == 0
-    assert run(core, create_request(prompt=PREFIX, cache_salt="b")) == 0
+    assert run(core, create_request(prompt=PREFIX, options=RequestOptions(cache_salt="a"))) == 0
+    assert run(core, create_request(prompt=PREFIX, options=RequestOptions(cache_salt="b"))) == 0
     assert run(core, create_request(prompt=PREFIX)) == 0
-    assert run(core, create_request(prompt=PREFIX, cache_salt="a")) == 28
+    assert run(core, create_request(prompt=PREFIX, options=RequestOptions(cache_salt="a"))) == 28
 
 
 def test_running_requests_share_blocks_and_the_last_one_frees_them():

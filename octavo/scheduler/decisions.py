@@ -1,0 +1,121 @@
+"""Why a request waits: what the scheduler decided about it, kept as a short story. Pure Python.
+
+Every request has a story of phases. A phase lasts while the answer stays the same ("waiting, bound
+by blocks"), so a step costs nothing for a request about which nothing changes, and a story stays
+short however long the request runs. Stories of finished requests are kept in a bounded ring.
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from octavo.core import Clock
+
+MAX_PHASES = 64  # of one story; the oldest are folded together
+MAX_FINISHED_STORIES = 1000
+
+QUEUED = "queued"  # nobody asked yet: others are before it
+
+
+@dataclass(slots=True)
+class Phase:
+    """A stretch of a request's life in which the scheduler's answer stayed the same."""
+
+    name: str  # "waiting", "running", "preempted" or "finished"
+    reason: str  # the constraint that bound it, or a word of the scheduler's own
+    detail: str  # numbers behind the reason, as of the phase's begin
+    start_s: float
+    num_held_back: int = 0  # steps of a running request that gave it less than it asked for
+
+
+@dataclass(slots=True)
+class Story:
+    """All phases of one request, oldest first. Sole writer: the decision log."""
+
+    request_id: str
+    num_prompt_tokens: int
+    phases: list[Phase] = field(default_factory=list)
+
+    def sentences(self, now_s: float) -> list[str]:
+        """One sentence a phase, with how long it took."""
+        ends = [phase.start_s for phase in self.phases[1:]] + [now_s]
+        return [_sentence(p, end - p.start_s) for p, end in zip(self.phases, ends, strict=True)]
+
+
+def _sentence(phase: Phase, seconds: float) -> str:
+    because = f"{phase.reason} ({phase.detail})" if phase.detail else phase.reason
+    if phase.name == "finished":
+        return f"finished: {because}"
+    text = f"{phase.name} {seconds * 1e3:.0f} ms: {because}"
+    if phase.num_held_back:
+        text += f"; {phase.num_held_back} steps gave it fewer tokens than it asked for"
+    return text
+
+
+class DecisionLog:
+    """The stories of live and recently finished requests. Sole writer: the scheduler."""
+
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self._live: dict[str, Story] = {}
+        self._finished: OrderedDict[str, Story] = OrderedDict()
+
+    def arrives(self, request_id: str, num_prompt_tokens: int) -> None:
+        """A request joins the queue."""
+        story = self._live[request_id] = Story(request_id, num_prompt_tokens)
+        self._begin(story, "waiting", QUEUED, "")
+
+    def waits(self, request_id: str, reason: str, explain: SequenceOf[object]) -> None:
+        """The request was considered and got nothing; `explain` is a format and its numbers.
+
+        The text is only made when the reason is news.
+        """
+        story = self._live[request_id]
+        last = story.phases[-1]
+        if last.reason != reason:
+            self._begin(story, last.name, reason, str(explain[0]).format(*explain[1:]))
+
+    def runs(self, request_id: str, num_cached_tokens: int) -> None:
+        """The request is admitted."""
+        story = self._live[request_id]
+        detail = f"{num_cached_tokens} of {story.num_prompt_tokens} prompt tokens were cached"
+        self._begin(story, "running", "admitted", detail)
+
+    def held_back(self, request_id: str) -> None:
+        """A running request got fewer tokens than it asked for, perhaps none."""
+        self._live[request_id].phases[-1].num_held_back += 1
+
+    def preempted(self, request_id: str, reason: str) -> None:
+        """A running request lost its place."""
+        self._begin(self._live[request_id], "preempted", reason, "computed again later")
+
+    def ends(self, request_id: str, reason: str) -> None:
+        """The request is over; its story stays for a while."""
+        story = self._live.pop(request_id)
+        self._begin(story, "finished", reason, "")
+        self._finished[request_id] = story
+        if len(self._finished) > MAX_FINISHED_STORIES:
+            self._finished.popitem(last=False)
+
+    def why(self, request_id: str) -> dict[str, list[str]]:
+        """The stories of all requests whose id begins with this, a sentence for each phase.
+
+        By the beginning, because the answers to one user's request are requests of their own here.
+        """
+        now_s = self._clock.now()
+        return {
+            story.request_id: story.sentences(now_s)
+            for story in (*self._live.values(), *self._finished.values())
+            if story.request_id.startswith(request_id)
+        }
+
+    def waiting_by_reason(self) -> dict[str, int]:
+        """How many requests wait, by what binds them."""
+        last = (story.phases[-1] for story in self._live.values())
+        return dict(Counter(phase.reason for phase in last if phase.name != "running"))
+
+    def _begin(self, story: Story, name: str, reason: str, detail: str) -> None:
+        story.phases.append(Phase(name, reason, detail, self._clock.now()))
+        if len(story.phases) > MAX_PHASES:
+            # The first phase keeps the arrival; what follows it is the least interesting.
+            del story.phases[1]

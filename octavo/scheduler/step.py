@@ -1,0 +1,175 @@
+"""One step while it is planned: who gets how many tokens, and who gives way. Pure Python.
+
+Holds the scheduling rule and applies the constraints; the order in which sequences are served is
+`batching`'s, the order of the queue is the policy's.
+"""
+
+from collections.abc import Sequence as SequenceOf
+
+from octavo.core import NewSequence, ScheduledTokens, Sequence, SequenceStatus
+from octavo.kvcache import Allocator
+from octavo.scheduler.constraints import Constraint
+from octavo.scheduler.decisions import DecisionLog
+from octavo.scheduler.queues import QueuePolicy
+
+
+class StepBuilder:
+    """The plan of one step. Sole writer of running and waiting sequences while it is made."""
+
+    def __init__(
+        self,
+        running: list[Sequence],
+        waiting: QueuePolicy,
+        *,
+        allocator: Allocator,
+        constraints: SequenceOf[Constraint],
+        log: DecisionLog,
+    ):
+        self.running = running
+        self.waiting = waiting
+        self.new: list[NewSequence] = []
+        self.scheduled: list[ScheduledTokens] = []
+        self.preempted: list[Sequence] = []
+        self.stopped_by: str | None = None  # why admission ended, where somebody still waits
+        self._allocator = allocator
+        self._constraints = constraints
+        self._log = log
+        self._served: set[str] = set()
+        for constraint in constraints:
+            constraint.begin_step(len(running))
+
+    def serve_running(self, *, prefills_only: bool = False) -> None:
+        """Give running sequences their tokens, in order of admission.
+
+        Where a limit is cured by pushing somebody out, the policy's victim goes, until the sequence
+        fits or is itself the one to go.
+        """
+        index = 0
+        while index < len(self.running):
+            sequence = self.running[index]
+            index += 1
+            if sequence.id in self._served or (prefills_only and not sequence.is_prefilling):
+                continue
+            num_wanted = sequence.num_uncomputed_tokens
+            num_tokens, bound_by = self._allowance(sequence, num_wanted)
+            while num_tokens == 0 and bound_by is not None and bound_by.preempts:
+                victim = self._victim()
+                position = self.running.index(victim)
+                self._preempt(victim, bound_by.name)
+                index -= position < index
+                if victim is sequence:
+                    break
+                num_tokens, bound_by = self._allowance(sequence, num_wanted)
+            if num_tokens > 0:
+                self._grant(sequence, num_tokens)
+            if 0 <= num_tokens < num_wanted and sequence.status is SequenceStatus.RUNNING:
+                self._log.held_back(sequence.id)
+
+    def admit_urgent(self) -> None:
+        """Admit waiting sequences that outrank a running one, pushing that one out if need be."""
+        while (sequence := self.waiting.head()) is not None and self.running:
+            if not self.waiting.outranks(sequence, self.waiting.victim(self.running)):
+                return
+            if not self._try_to_admit(sequence):
+                return
+
+    def admit_waiting(self) -> None:
+        """Admit waiting sequences in the policy's order until one does not fit."""
+        while (sequence := self.waiting.head()) is not None:
+            # What was pushed out a moment ago must not come straight back.
+            if sequence in self.preempted or not self._try_to_admit(sequence):
+                return
+
+    def _try_to_admit(self, sequence: Sequence) -> bool:
+        sequence.num_computed_tokens = self._allocator.start(sequence)
+        num_tokens, bound_by = self._allowance(sequence, sequence.num_uncomputed_tokens)
+        while num_tokens == 0 and bound_by is not None and self._displace(sequence, bound_by):
+            num_tokens, bound_by = self._allowance(sequence, sequence.num_uncomputed_tokens)
+        if num_tokens > 0:
+            self._admit(sequence, num_tokens)
+            return True
+        if bound_by is not None:
+            self.stopped_by = bound_by.name
+            self._log.waits(sequence.id, bound_by.name, bound_by.explain(sequence))
+        self._allocator.free(sequence)
+        sequence.num_computed_tokens = 0
+        return False
+
+    def _admit(self, sequence: Sequence, num_tokens: int) -> None:
+        num_cached_tokens = sequence.num_computed_tokens
+        if sequence.num_preemptions == 0:
+            sequence.num_cached_tokens = num_cached_tokens
+        sequence.num_committed_tokens = num_cached_tokens
+        share = self._grant(sequence, num_tokens)
+        self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        self.running.append(sequence)
+        self.new.append(_introduce(sequence, num_cached_tokens))
+        # The runner gets the whole block table with the introduction, so the share adds none.
+        self.scheduled[-1] = ScheduledTokens(sequence.id, share.num_tokens, (), share.samples)
+        self._log.runs(sequence.id, num_cached_tokens)
+
+    def _allowance(self, sequence: Sequence, num_tokens: int) -> tuple[int, Constraint | None]:
+        """How many tokens all constraints allow, and which one said the least."""
+        bound_by = None
+        for constraint in self._constraints:
+            allowed = constraint.allow(sequence, num_tokens)
+            if allowed < num_tokens:
+                num_tokens, bound_by = allowed, constraint
+                if allowed == 0:
+                    break
+        return num_tokens, bound_by
+
+    def _grant(self, sequence: Sequence, num_tokens: int) -> ScheduledTokens:
+        for constraint in self._constraints:
+            constraint.take(sequence, num_tokens)
+        added = self._allocator.extend(sequence, sequence.num_tokens)
+        samples = num_tokens == sequence.num_uncomputed_tokens
+        self.waiting.served(sequence, num_tokens)
+        sequence.num_computed_tokens += num_tokens
+        sequence.num_pending_tokens += samples
+        share = ScheduledTokens(sequence.id, num_tokens, tuple(added), samples)
+        self.scheduled.append(share)
+        self._served.add(sequence.id)
+        return share
+
+    def _victim(self) -> Sequence:
+        """Who gives way: among those not yet served in this step, the policy's choice."""
+        return self.waiting.victim([s for s in self.running if s.id not in self._served])
+
+    def _displace(self, sequence: Sequence, bound_by: Constraint) -> bool:
+        """Push a running sequence out for a waiting one of higher rank, if there is such a one."""
+        candidates = [s for s in self.running if s.id not in self._served]
+        victim = self.waiting.victim(candidates) if candidates else None
+        if victim is None or not self.waiting.outranks(sequence, victim):
+            return False
+        self._preempt(victim, bound_by.name)
+        return True
+
+    def _preempt(self, sequence: Sequence, reason: str) -> None:
+        """Push a running sequence out; its tokens are computed again when there is room."""
+        self.running.remove(sequence)
+        for constraint in self._constraints:
+            constraint.release(sequence)
+        self._allocator.free(sequence)
+        sequence.num_computed_tokens = sequence.num_committed_tokens = 0
+        sequence.num_preemptions += 1
+        sequence.status = SequenceStatus.WAITING
+        self.preempted.append(sequence)
+        self.waiting.add(sequence)
+        self._log.preempted(sequence.id, reason)
+
+
+def _introduce(sequence: Sequence, num_computed_tokens: int) -> NewSequence:
+    """A sequence in full, as the runner needs it at first sight. Blocks were just given to it."""
+    request = sequence.request
+    return NewSequence(
+        sequence_id=sequence.id,
+        token_ids=tuple(sequence.token_ids),
+        num_prompt_tokens=sequence.num_prompt_tokens,
+        num_computed_tokens=num_computed_tokens,
+        block_ids=tuple(sequence.block_ids),
+        sampling=request.sampling,
+        seed=request.seed,
+        stop_ids=sequence.stop_ids,
+    )
