@@ -14,6 +14,8 @@ from octavo.core import Clock
 MAX_PHASES = 64  # of one story; the oldest are folded together
 MAX_FINISHED_STORIES = 1000
 
+WAITING_PHASES = ("waiting", "preempted")
+
 QUEUED = "queued"  # nobody asked yet: others are before it
 
 
@@ -59,6 +61,7 @@ class DecisionLog:
         self._clock = clock
         self._live: dict[str, Story] = {}
         self._finished: OrderedDict[str, Story] = OrderedDict()
+        self._num_waiting: Counter[str] = Counter()  # by reason, kept up to date phase by phase
 
     def arrives(self, request_id: str, num_prompt_tokens: int) -> None:
         """A request joins the queue."""
@@ -111,10 +114,13 @@ class DecisionLog:
 
     def waiting_by_reason(self) -> dict[str, int]:
         """How many requests wait, by what binds them."""
-        last = (story.phases[-1] for story in self._live.values())
-        return dict(Counter(phase.reason for phase in last if phase.name != "running"))
+        return {reason: count for reason, count in self._num_waiting.items() if count}
 
     def _begin(self, story: Story, name: str, reason: str, detail: str) -> None:
+        if story.phases and story.phases[-1].name in WAITING_PHASES:
+            self._num_waiting[story.phases[-1].reason] -= 1
+        if name in WAITING_PHASES:
+            self._num_waiting[reason] += 1
         story.phases.append(Phase(name, reason, detail, self._clock.now()))
         if len(story.phases) > MAX_PHASES:
             # The first phase keeps the arrival; what follows it is the least interesting.
