@@ -1,6 +1,7 @@
 """The engine loop. Knows no sockets, no text, no tensors: clock and executor are arguments."""
 
 import logging
+from concurrent.futures import Executor as Launcher
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from octavo.core import EngineStats, Executor, Request, RequestEvent, StepPlan, StepResult
@@ -16,7 +17,8 @@ class EngineCore:
     """Scheduler and executor, and the step that joins them. Sole caller of both.
 
     With `asynchronous`, step n+1 is planned and launched before the result of step n is read, so
-    that the device never waits for the scheduler. The answers are the same.
+    that the device never waits for the scheduler. The answers are the same. `launcher` says where
+    a launched step runs: in a thread, or wherever a simulation wants it.
     """
 
     def __init__(
@@ -25,13 +27,16 @@ class EngineCore:
         executor: Executor,
         *,
         asynchronous: bool = False,
+        launcher: Launcher | None = None,
         check_integrity: bool = False,
     ):
         self._scheduler = scheduler
         self._executor = executor
         self._check_integrity = check_integrity
         self._num_failed_steps = 0
-        self._launcher = ThreadPoolExecutor(1, "octavo-executor") if asynchronous else None
+        if asynchronous and launcher is None:
+            launcher = ThreadPoolExecutor(1, "octavo-executor")
+        self._launcher = launcher if asynchronous else None
         self._ahead: tuple[StepPlan, Future[StepResult]] | None = None
 
     def add(self, request: Request) -> None:
@@ -58,7 +63,7 @@ class EngineCore:
             return self._fail(plan, error)
         return self._succeed(events)
 
-    def _step_ahead(self, launcher: ThreadPoolExecutor) -> list[RequestEvent]:
+    def _step_ahead(self, launcher: Launcher) -> list[RequestEvent]:
         """Plan and launch a step, then read the one before it."""
         plan = self._scheduler.schedule()
         before, self._ahead = self._ahead, (plan, launcher.submit(self._executor.execute, plan))

@@ -12,9 +12,10 @@ from octavo.sim.actions import (
 )
 from octavo.sim.clock import VirtualClock
 from octavo.sim.fake_executor import FakeExecutor, oracle_token, oracle_tokens
-from octavo.sim.faults import Fault, FaultyExecutor, Injection
+from octavo.sim.faults import Fault, Faults, FaultyExecutor, Injection
 from octavo.sim.history import Client, History
-from octavo.sim.simulation import Limits, Parts, SimulatedEngine
+from octavo.sim.parts import EngineSetup, Parts
+from octavo.sim.simulation import SimulatedEngine
 
 __all__ = [
     "Action",
@@ -23,13 +24,14 @@ __all__ = [
     "CancelEverybody",
     "Client",
     "Drain",
+    "EngineSetup",
     "FakeExecutor",
     "Fault",
+    "Faults",
     "FaultyExecutor",
     "History",
     "Injection",
     "JumpWallClock",
-    "Limits",
     "Parts",
     "Pause",
     "SimulatedEngine",

@@ -8,9 +8,10 @@ Knows no oracle.
 import enum
 import random
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from octavo.core import Executor, SampledToken, StepPlan, StepResult
+from octavo.core import Executor, SampledToken, ScheduledTokens, StepPlan, StepResult
 from octavo.kvcache import Allocator, PagedAllocator, PrefixAllocator
 from octavo.sim.clock import VirtualClock
 
@@ -28,6 +29,7 @@ class Fault(enum.StrEnum):
     LOST_REPLY = "one sequence is missing from the reply"
     DOUBLE_REPLY = "one sequence is in the reply twice"
     FOREIGN_REPLY = "the reply has a token that nobody asked for"
+    CONSEQUENCE = "the step before failed when this one was launched"  # not drawn
 
 
 # A step that gives nothing that can be used: everyone in it may fail.
@@ -64,11 +66,28 @@ class FaultableExecutor(Executor, Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Faults:
+    """Which steps go wrong.
+
+    rates: the chance of each fault in a step; a fault that is absent is not drawn.
+    lethal_rate: the chance that a step may fail though the one before did, which ends the engine.
+    at_steps: faults that happen at these steps, whatever the dice say.
+    seed: what the dice are made of.
+    """
+
+    rates: Mapping[Fault, float] = field(default_factory=dict)
+    lethal_rate: float = 0.0
+    at_steps: Mapping[int, Fault] = field(default_factory=dict)
+    seed: int = 0
+
+
 class FaultyExecutor:
     """Runs plans on another executor in virtual time, and lets some of them go wrong.
 
-    rates: the chance of each fault in a step; a fault that is absent never happens.
-    lethal_rate: the chance that a step may fail though the one before did, which ends the engine.
+    runs_ahead: a step is launched before it is known whether the one before failed. It then finds
+        the executor in a state that its plan does not know, and whatever comes of it counts as a
+        consequence: its requests may fail, too, but it is no second failure.
     """
 
     BASE_S = 0.010
@@ -79,16 +98,18 @@ class FaultyExecutor:
         self,
         executor: FaultableExecutor,
         clock: VirtualClock,
-        rng: random.Random,
-        rates: Mapping[Fault, float],
+        faults: Faults,
         *,
-        lethal_rate: float = 0.0,
+        runs_ahead: bool = False,
     ):
         self._executor = executor
         self._clock = clock
-        self._rng = rng
-        self._rates = tuple(rates.items())
-        self._lethal_rate = lethal_rate
+        self._rng = random.Random(faults.seed)
+        self._rates = tuple(faults.rates.items())
+        self._lethal_rate = faults.lethal_rate
+        self._at_steps = faults.at_steps
+        self._runs_ahead = runs_ahead
+        self._is_consequence = False  # the plan was launched while a failure was on its way
         self._last_result: StepResult | None = None
         self._new_injections: list[Injection] = []
         self.num_failures_in_a_row = 0
@@ -96,7 +117,7 @@ class FaultyExecutor:
         self.unexpected: Exception | None = None  # the executor's own: a plan it cannot carry out
 
     def heal(self) -> None:
-        """Nothing goes wrong from now on."""
+        """No dice from now on."""
         self._rates = ()
 
     def take_injections(self) -> list[Injection]:
@@ -106,12 +127,16 @@ class FaultyExecutor:
 
     def execute(self, plan: StepPlan) -> StepResult:
         self.last_plan = plan
-        fault = self._draw()
+        fault = None if self._is_consequence else self._draw(plan.step)
         seconds = self.BASE_S + self.SECONDS_PER_TOKEN * plan.num_tokens
         if fault is Fault.SLOW:
-            self._note(plan, fault, ())
+            self._note(plan, fault)
             seconds *= self.SLOWDOWN
         self._clock.advance(seconds)
+        if self._is_consequence:
+            self._is_consequence = False
+            self._note(plan, Fault.CONSEQUENCE, plan.scheduled)
+            return self._executor.execute(plan)
         if fault in STEP_FAILURES:
             self._note_failure(plan, fault)
             return self._fail(plan, fault)
@@ -123,8 +148,10 @@ class FaultyExecutor:
             self.num_failures_in_a_row = 0
         return spoilt
 
-    def _draw(self) -> Fault | None:
+    def _draw(self, step: int) -> Fault | None:
         """The fault of this step, if any."""
+        if step in self._at_steps:
+            return self._at_steps[step]
         for fault, rate in self._rates:
             if self._rng.random() < rate:
                 if fault in STEP_FAILURES | WRONG_REPLIES and self.num_failures_in_a_row:
@@ -171,8 +198,8 @@ class FaultyExecutor:
             return StepResult(result.step, others)
         if fault is Fault.DOUBLE_REPLY:
             return StepResult(result.step, (*sampled, victim))
-        self._note(plan, fault, (victim.sequence_id,))
         share = next(s for s in plan.scheduled if s.sequence_id == victim.sequence_id)
+        self._note(plan, fault, (share,))
         self._executor.poison(share.sequence_id, share.num_tokens)
         failed = SampledToken(victim.sequence_id, -1, error="the logits are not finite")
         return StepResult(result.step, (failed, *others))
@@ -180,9 +207,13 @@ class FaultyExecutor:
     def _note_failure(self, plan: StepPlan, fault: Fault) -> None:
         """This step may fail for everyone in it."""
         self.num_failures_in_a_row += 1
-        self._note(plan, fault, tuple(share.sequence_id for share in plan.scheduled))
+        self._is_consequence = self._runs_ahead
+        self._note(plan, fault, plan.scheduled)
 
-    def _note(self, plan: StepPlan, fault: Fault, request_ids: tuple[str, ...]) -> None:
+    def _note(
+        self, plan: StepPlan, fault: Fault, touched: tuple[ScheduledTokens, ...] = ()
+    ) -> None:
+        request_ids = tuple(share.sequence_id for share in touched)
         self._new_injections.append(Injection(plan.step, fault, request_ids))
 
 

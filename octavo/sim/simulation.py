@@ -5,15 +5,10 @@ every step the books are recounted. `SimulatedEngine` is assembled of `Parts`, s
 put a broken one in. Knows no dice: everything random was decided by who made actions and faults.
 """
 
-import random
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
-from octavo.core import Executor, Request, RequestEvent, SamplingParams, StepPlan
-from octavo.engine import EngineCore
-from octavo.errors import EngineDeadError, IntegrityError, RequestError
-from octavo.scheduler import Blocks, Constraint, Scheduler, SequenceSlots, TokenBudget
+from octavo.core import Request, RequestEvent, SamplingParams
+from octavo.errors import EngineDeadError, IntegrityError, OverloadedError, RequestError
 from octavo.sim.actions import (
     Action,
     Arrive,
@@ -25,153 +20,42 @@ from octavo.sim.actions import (
     Squeeze,
 )
 from octavo.sim.clock import VirtualClock
-from octavo.sim.fake_executor import FakeExecutor
-from octavo.sim.faults import (
-    Fault,
-    FaultyExecutor,
-    Injection,
-    SqueezableAllocator,
-    SqueezablePagedAllocator,
-    SqueezablePrefixAllocator,
-)
+from octavo.sim.faults import Faults, FaultyExecutor
 from octavo.sim.history import Client, History
+from octavo.sim.parts import EngineSetup, Parts
+from octavo.sim.trace import Trace, TracedStep
 
 MAX_FAILED_STEPS = 2  # in a row; only after so many may an engine end
-NUM_TRACED_STEPS = 12
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Limits:
-    """How large an engine is."""
-
-    num_blocks: int = 64
-    block_size: int = 16
-    max_num_batched_tokens: int = 64
-    max_num_seqs: int = 8
-    max_model_len: int = 256
-    vocab_size: int = 1000
-    prefix_caching: bool = True
-
-
-def create_allocator(limits: Limits) -> SqueezableAllocator:
-    """The allocator under test."""
-    kind = SqueezablePrefixAllocator if limits.prefix_caching else SqueezablePagedAllocator
-    return kind(limits.num_blocks, limits.block_size)
-
-
-def create_scheduler(allocator: SqueezableAllocator, limits: Limits) -> Scheduler:
-    """The scheduler under test."""
-    constraints: list[Constraint] = [
-        TokenBudget(limits.max_num_batched_tokens),
-        SequenceSlots(limits.max_num_seqs),
-        Blocks(allocator),
-    ]
-    return Scheduler(allocator, constraints, max_model_len=limits.max_model_len)
-
-
-def create_executor(limits: Limits) -> FakeExecutor:
-    """What stands in for the model."""
-    return FakeExecutor(
-        num_blocks=limits.num_blocks, block_size=limits.block_size, vocab_size=limits.vocab_size
-    )
-
-
-def create_core(scheduler: Scheduler, executor: Executor) -> EngineCore:
-    """The loop under test."""
-    return EngineCore(scheduler, executor)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Parts:
-    """How the pieces of an engine are made."""
-
-    allocator: Callable[[Limits], SqueezableAllocator] = create_allocator
-    scheduler: Callable[[SqueezableAllocator, Limits], Scheduler] = create_scheduler
-    executor: Callable[[Limits], FakeExecutor] = create_executor
-    core: Callable[[Scheduler, Executor], EngineCore] = create_core
-
-
-@dataclass(frozen=True, slots=True)
-class TracedStep:
-    """What happened in one step, kept until it is known whether anybody wants to read it."""
-
-    at_s: float
-    plan: StepPlan | None
-    injections: list[Injection]
-    outcome: list[RequestEvent] | Exception
-
-    def __str__(self) -> str:
-        lines = [f"t={self.at_s:.4f}s"]
-        if self.plan is not None:
-            shares = ", ".join(
-                f"{s.sequence_id}+{s.num_tokens}{'!' if s.samples else ''}"
-                f"{list(s.new_block_ids) or ''}"
-                for s in self.plan.scheduled
-            )
-            lines[0] += f" step {self.plan.step}: {shares or 'nobody runs'}"
-            for new in self.plan.new:
-                cached = f", {new.num_computed_tokens} computed" if new.num_computed_tokens else ""
-                blocks = list(new.block_ids)
-                lines.append(
-                    f"new {new.sequence_id}: {len(new.token_ids)} tokens{cached}, {blocks}"
-                )
-            if self.plan.dropped:
-                lines.append(f"dropped {', '.join(self.plan.dropped)}")
-        lines += [f"fault: {i.fault} ({', '.join(i.request_ids)})" for i in self.injections]
-        if isinstance(self.outcome, Exception):
-            lines.append(f"raised {type(self.outcome).__name__}: {self.outcome}")
-        else:
-            lines += [
-                f"{e.request_id}: {list(e.token_ids)} {e.finish_reason or ''} {e.error or ''}"
-                for e in self.outcome
-            ]
-        return "\n      ".join(lines)
-
-
-@dataclass(slots=True)
-class Trace:
-    """The last steps and actions, for whoever has to understand a failure."""
-
-    entries: deque[TracedStep | tuple[float, Action]] = field(
-        default_factory=lambda: deque(maxlen=NUM_TRACED_STEPS)
-    )
-
-    def __str__(self) -> str:
-        return "\n".join(
-            f"  {e}" if isinstance(e, TracedStep) else f"  t={e[0]:.4f}s {_describe(e[1])}"
-            for e in self.entries
-        )
+NUM_WINDOW_STEPS = 10  # that a batch may wait for more members
 
 
 class SimulatedEngine:
     """An engine core, the world around it, and the record of what clients saw.
 
-    rates, lethal_rate: see `FaultyExecutor`. Anything that breaks a promise raises
-    `IntegrityError` where it happens; `trace` then holds the steps before.
+    Anything that breaks a promise raises `IntegrityError` where it happens; `trace` then holds the
+    steps before.
     """
 
     def __init__(
         self,
-        limits: Limits,
+        setup: EngineSetup,
         *,
-        rates: Mapping[Fault, float] | None = None,
-        lethal_rate: float = 0.0,
-        seed: int = 0,
+        faults: Faults | None = None,
         parts: Parts | None = None,
     ):
         parts = parts or Parts()
-        self.limits = limits
+        self.setup = setup
         self.clock = VirtualClock()
-        self.history = History(vocab_size=limits.vocab_size, block_size=limits.block_size)
+        self.history = History(vocab_size=setup.vocab_size, block_size=setup.block_size)
         self.trace = Trace()
         self.num_steps = 0
-        self.runner = parts.executor(limits)
+        self.runner = parts.executor(setup)
         self.executor = FaultyExecutor(
-            self.runner, self.clock, random.Random(seed), rates or {}, lethal_rate=lethal_rate
+            self.runner, self.clock, faults or Faults(), runs_ahead=setup.asynchronous
         )
-        self.allocator = parts.allocator(limits)
-        self.scheduler = parts.scheduler(self.allocator, limits)
-        self.core = parts.core(self.scheduler, self.executor)
+        self.allocator = parts.allocator(setup)
+        self.scheduler = parts.scheduler(self.allocator, setup, self.clock)
+        self.core = parts.core(self.scheduler, self.executor, setup)
         self._is_draining = False
 
     def run(self, actions: Iterable[Action]) -> History:
@@ -188,7 +72,7 @@ class SimulatedEngine:
         """Heal every fault and step until nobody is left; raises where that takes too long."""
         self.executor.heal()
         self.allocator.num_hidden_blocks = 0
-        last_step = self._step_when_idle()
+        last_step = self._step_when_idle() + self.setup.asynchronous
         while self.core.has_work and not self.history.engine_died:
             if self.num_steps >= last_step:
                 raise IntegrityError(f"{sorted(self.history.live)} are starved: no end in sight")
@@ -201,6 +85,7 @@ class SimulatedEngine:
             raise IntegrityError(
                 f"{stats.num_blocks - stats.num_free_blocks} blocks never came back"
             )
+        self._is_draining = False
         sampling = SamplingParams(max_tokens=1)
         self._arrive(Request(request_id="probe", prompt_token_ids=[1], sampling=sampling, seed=0))
         self.settle()
@@ -242,7 +127,9 @@ class SimulatedEngine:
         """
         num_tokens = client.max_num_tokens
         num_output = num_tokens - len(client.request.prompt_token_ids)
-        return -(-num_tokens // self.limits.max_num_batched_tokens) + num_output
+        num_steps = -(-num_tokens // self.setup.max_num_batched_tokens) + num_output
+        # Asynchronously its end is seen a step later, and so is the room that it leaves.
+        return num_steps + (2 if self.setup.asynchronous else 0)
 
     def _step_until(self, at_s: float) -> None:
         """Serve until it is that late; an engine without work sleeps."""
@@ -275,7 +162,7 @@ class SimulatedEngine:
         if self._is_draining:
             self.history.refuse()
             return
-        room = self.limits.max_model_len - len(request.prompt_token_ids)
+        room = self.setup.max_model_len - len(request.prompt_token_ids)
         max_tokens = request.sampling.max_tokens or room
         must_refuse = self._must_refuse(request, max_tokens)
         try:
@@ -285,30 +172,47 @@ class SimulatedEngine:
                 raise IntegrityError(f"{request.request_id} was refused: {error}") from error
             self.history.refuse()
             return
+        except OverloadedError as error:
+            self._check_overload(request, error)
+            self.history.refuse()
+            return
         if must_refuse:
             raise IntegrityError(f"{request.request_id} can never run, but was accepted")
         client = self.history.accept(
             request, max_tokens, at_s=self.clock.now(), step=self.num_steps
         )
-        if not self.allocator.num_hidden_blocks:
+        if self.setup.is_orderly and not self.allocator.num_hidden_blocks:
             client.due_step = self._step_when_idle()
 
     def _must_refuse(self, request: Request, max_tokens: int) -> bool:
         """Whether a request can never run: no tokens, no context, no memory, or its id is taken."""
-        limits = self.limits
+        setup = self.setup
         num_tokens = len(request.prompt_token_ids) + max_tokens
-        num_blocks = -(-(num_tokens - 1) // limits.block_size)
+        num_blocks = -(-(num_tokens - 1) // setup.block_size)
         return (
             not request.prompt_token_ids
             or max_tokens < 1
-            or num_tokens > limits.max_model_len
-            or num_blocks > limits.num_blocks
+            or num_tokens > setup.max_model_len
+            or num_blocks > setup.num_blocks
             or request.request_id in self.history.live
         )
 
+    def _check_overload(self, request: Request, error: OverloadedError) -> None:
+        """A queue may be full, and a deadline out of reach; nothing else is overload."""
+        limit = self.setup.max_num_queued
+        is_full = limit is not None and self.core.stats().num_waiting >= limit
+        if not is_full and request.options.deadline_ms is None:
+            raise IntegrityError(f"{request.request_id} was turned away: {error}") from error
+
     def _step_when_idle(self) -> int:
         """By when all who are here must have been answered."""
-        return self.num_steps + sum(map(self.num_service_steps, self.history.live.values()))
+        live = self.history.live.values()
+        num_steps = sum(map(self.num_service_steps, live))
+        if not self.setup.is_orderly:
+            # Age does not protect here: each may be pushed out, and wait for a batch, once for
+            # every other request. No promise to clients, but an end.
+            num_steps = (num_steps + NUM_WINDOW_STEPS) * (len(live) + 1)
+        return self.num_steps + num_steps
 
     def _squeeze(self, num_blocks: int) -> None:
         """Memory gets scarce, or comes back; who lived through it has no due time."""
@@ -343,18 +247,7 @@ class SimulatedEngine:
                 f"{stats.num_running} run and {stats.num_waiting} wait, but "
                 f"{len(self.history.live)} clients have no end: {sorted(self.history.live)}"
             )
-        if stats.num_running > self.limits.max_num_seqs:
+        if sum(stats.waiting_by_reason.values()) != stats.num_waiting:
+            raise IntegrityError(f"{stats.num_waiting} wait, for {stats.waiting_by_reason}")
+        if stats.num_running > self.setup.max_num_seqs:
             raise IntegrityError(f"{stats.num_running} run at once")
-
-
-def _describe(action: Action) -> str:
-    match action:
-        case Arrive(request=request):
-            sampling = request.sampling
-            salt = request.options.cache_salt
-            return (
-                f"{request.request_id} arrives: {len(request.prompt_token_ids)} prompt tokens, "
-                f"at most {sampling.max_tokens}, salt {salt}"
-            )
-        case _:
-            return str(action)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from octavo.core import Request, RequestOptions, SamplingParams
 from octavo.errors import OctavoError
+from octavo.scheduler import BATCHINGS, POLICIES
 from octavo.sim.actions import (
     Action,
     Arrive,
@@ -30,12 +31,13 @@ from octavo.sim.actions import (
     Pause,
     Squeeze,
 )
-from octavo.sim.faults import Fault
-from octavo.sim.simulation import Limits, Parts, SimulatedEngine
+from octavo.sim.faults import Fault, Faults
+from octavo.sim.parts import EngineSetup, Parts
+from octavo.sim.simulation import SimulatedEngine
 
 VOCAB_SIZE = 128  # small, so that stop tokens come up
-LENGTH_CHOICES = (4, 12, 40)
 PROGRESS_EVERY_S = 5.0
+DRAWN_FAULTS = tuple(fault for fault in Fault if fault is not Fault.CONSEQUENCE)
 
 
 class SwarmFailure(OctavoError):
@@ -47,39 +49,33 @@ class Scenario:
     """One seed's engine, workload and faults."""
 
     seed: int
-    limits: Limits
+    setup: EngineSetup
     actions: tuple[Action, ...]
-    rates: dict[Fault, float]
-    lethal_rate: float
+    faults: Faults
 
 
 def draw_scenario(seed: int) -> Scenario:
     """Everything that a seed decides."""
     rng = random.Random(seed)
-    limits = _draw_limits(rng)
-    requests = _draw_requests(rng, limits)
-    duration_s = rng.choice((0.05, 0.5, 2.0))
+    setup = _draw_setup(rng)
+    requests = _draw_requests(rng, setup)
+    duration_s = rng.choice((0.05, 0.05, 0.5, 2.0))
     arrivals = [Arrive(at_s=rng.uniform(0.0, duration_s), request=r) for r in requests]
-    actions = [*arrivals, *_draw_cancellations(rng, arrivals), *_draw_disturbances(rng, limits)]
+    actions = [*arrivals, *_draw_cancellations(rng, arrivals), *_draw_disturbances(rng, setup)]
     return Scenario(
         seed=seed,
-        limits=limits,
+        setup=setup,
         actions=tuple(actions),
-        rates=_draw_rates(rng),
-        lethal_rate=rng.choice((0.0, 0.0, 0.0, 0.3)),
+        faults=Faults(
+            rates=_draw_rates(rng), lethal_rate=rng.choice((0.0, 0.0, 0.0, 0.3)), seed=seed
+        ),
     )
 
 
 def run_seed(seed: int, *, parts: Parts | None = None) -> SimulatedEngine:
     """Play one seed to its end; raises `SwarmFailure` where a promise was broken."""
     scenario = draw_scenario(seed)
-    engine = SimulatedEngine(
-        scenario.limits,
-        rates=scenario.rates,
-        lethal_rate=scenario.lethal_rate,
-        seed=seed,
-        parts=parts,
-    )
+    engine = SimulatedEngine(scenario.setup, faults=scenario.faults, parts=parts)
     try:
         engine.run(scenario.actions)
         if not engine.history.engine_died:
@@ -101,31 +97,41 @@ def quiet_engine() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _draw_limits(rng: random.Random) -> Limits:
+def _draw_setup(rng: random.Random) -> EngineSetup:
     block_size = rng.choice((1, 2, 4, 4, 8, 16))
-    num_tokens = rng.choice((40, 80, 80, 160, 400))  # that the pool holds
-    return Limits(
+    num_tokens = rng.choice((24, 40, 40, 80, 160, 400))  # that the pool holds
+    return EngineSetup(
         num_blocks=max(2, num_tokens // block_size),
         block_size=block_size,
-        max_num_batched_tokens=rng.choice((1, 3, 8, 16, 40, 128)),
-        max_num_seqs=rng.choice((1, 2, 4, 8, 16)),
+        max_num_batched_tokens=rng.choice((1, 3, 8, 16, 16, 40, 128)),
+        max_num_seqs=rng.choice((1, 2, 4, 8, 16, 16)),
         max_model_len=rng.choice((48, 96, 96)),
         vocab_size=VOCAB_SIZE,
+        max_num_queued=rng.choice((None, None, None, None, 2)),
         prefix_caching=rng.random() < 0.6,
+        policy=rng.choice(("fcfs", "fcfs", *POLICIES)),
+        batching=rng.choice(("chunked", "chunked", *BATCHINGS)),
+        asynchronous=rng.random() < 0.5,
+        eager=rng.random() < 0.5,
     )
 
 
-def _draw_requests(rng: random.Random, limits: Limits) -> list[Request]:
+def _draw_requests(rng: random.Random, setup: EngineSetup) -> list[Request]:
     """Requests that share beginnings and salts, stop early or late; a few can never run."""
     beginnings = [_draw_tokens(rng, 32) for _ in range(rng.randint(1, 3))]
     salts = rng.choice(((None,), (None,), (None, "a"), ("a", "b")))
-    prompt_len, output_len = rng.choice(LENGTH_CHOICES), rng.choice(LENGTH_CHOICES)
+    deadlines = rng.choice(((None,), (None,), (None, None, 20, 500)))
+    prompt_len, output_len = rng.choice((4, 12, 40)), rng.choice((4, 16, 40))
     eos_token_ids = tuple(_draw_tokens(rng, rng.choice((0, 0, 2, 6))))
+    room = min(setup.max_model_len, setup.num_blocks * setup.block_size)
     requests = []
     for index in range(rng.choice((1, 4, 8, 16))):
         shared = rng.choice(beginnings)[: rng.randint(0, prompt_len)]
-        own = _draw_tokens(rng, rng.randint(0 if rng.random() < 0.2 else 1, prompt_len))
+        prompt = shared + _draw_tokens(rng, rng.randint(0, prompt_len))
         max_tokens = rng.randint(1, output_len)
+        if rng.random() < 0.95:  # mostly it fits, if only just
+            prompt = (prompt or beginnings[0])[: room - 1]
+            max_tokens = min(max_tokens, room - len(prompt))
         sampling = SamplingParams(
             max_tokens=None if rng.random() < 0.02 else max_tokens,
             min_tokens=rng.choice((0, 0, max_tokens // 2)),
@@ -136,14 +142,25 @@ def _draw_requests(rng: random.Random, limits: Limits) -> list[Request]:
         requests.append(
             Request(
                 request_id=request_id,
-                prompt_token_ids=shared + own,
+                prompt_token_ids=prompt,
                 sampling=sampling,
                 seed=0,
                 eos_token_ids=eos_token_ids,
-                options=RequestOptions(cache_salt=rng.choice(salts)),
+                options=_draw_options(rng, salts, deadlines),
             )
         )
     return requests
+
+
+def _draw_options(
+    rng: random.Random, salts: tuple[str | None, ...], deadlines: tuple[int | None, ...]
+) -> RequestOptions:
+    return RequestOptions(
+        cache_salt=rng.choice(salts),
+        priority=rng.choice((0, 0, 1, -1)),
+        tenant=rng.choice(("", "a", "b")),
+        deadline_ms=rng.choice(deadlines),
+    )
 
 
 def _draw_tokens(rng: random.Random, count: int) -> list[int]:
@@ -169,13 +186,13 @@ def _draw_cancellations(rng: random.Random, arrivals: list[Arrive]) -> list[Acti
     return actions
 
 
-def _draw_disturbances(rng: random.Random, limits: Limits) -> list[Action]:
+def _draw_disturbances(rng: random.Random, setup: EngineSetup) -> list[Action]:
     """Scarce memory, clocks that jump, a process that stands still, a drain."""
     actions: list[Action] = []
     if rng.random() < 0.2:
         for _ in range(rng.randint(1, 3)):
             start_s = rng.uniform(0.0, 1.0)
-            num_blocks = rng.randint(1, limits.num_blocks)
+            num_blocks = rng.randint(1, setup.num_blocks)
             actions.append(Squeeze(at_s=start_s, num_blocks=num_blocks))
             actions.append(Squeeze(at_s=start_s + rng.uniform(0.02, 0.5), num_blocks=0))
     if rng.random() < 0.2:
@@ -190,7 +207,7 @@ def _draw_disturbances(rng: random.Random, limits: Limits) -> list[Action]:
 def _draw_rates(rng: random.Random) -> dict[Fault, float]:
     """This seed's faults: none, one, some or all kinds, rare or frequent."""
     how_many = rng.choice((0.0, 0.1, 0.3, 1.0))
-    return {f: rng.choice((0.003, 0.02, 0.1)) for f in Fault if rng.random() < how_many}
+    return {f: rng.choice((0.003, 0.02, 0.1)) for f in DRAWN_FAULTS if rng.random() < how_many}
 
 
 def _describe_failure(scenario: Scenario, engine: SimulatedEngine, error: Exception) -> str:
@@ -199,14 +216,14 @@ def _describe_failure(scenario: Scenario, engine: SimulatedEngine, error: Except
     while cause is not None:
         causes.append(f"{type(cause).__name__}: {cause}")
         cause = cause.__cause__
-    faults = ", ".join(f"{fault} {rate:g}" for fault, rate in scenario.rates.items())
+    faults = ", ".join(f"{fault} {rate:g}" for fault, rate in scenario.faults.rates.items())
     return "\n".join(
         (
             f"seed {scenario.seed} failed at step {engine.num_steps}",
             *(f"  {line}" for line in causes),
             f"replay: python -m octavo.sim.swarm --seed {scenario.seed}",
-            f"engine: {scenario.limits}",
-            f"faults: {faults or 'none'}; lethal {scenario.lethal_rate}",
+            f"engine: {scenario.setup}",
+            f"faults: {faults or 'none'}; lethal {scenario.faults.lethal_rate}",
             "last steps (! = samples):",
             str(engine.trace),
         )
@@ -215,7 +232,7 @@ def _describe_failure(scenario: Scenario, engine: SimulatedEngine, error: Except
 
 def _describe_run(seed: int, engine: SimulatedEngine) -> str:
     """The story of one seed that held."""
-    lines = [f"seed {seed}: {engine.limits}"]
+    lines = [f"seed {seed}: {engine.setup}"]
     for client in engine.history.clients:
         fault = f", {client.fault}" if client.fault is not None else ""
         lines.append(

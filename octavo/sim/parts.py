@@ -1,0 +1,150 @@
+"""What a simulated engine is made of, and how large. Knows no faults and no workload.
+
+`Parts` holds one factory for each piece, so that a test can put a broken one in.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Executor as Launcher
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from octavo.core import Clock, Executor
+from octavo.engine import EngineCore
+from octavo.scheduler import (
+    Blocks,
+    Constraint,
+    PrefillSpeed,
+    QueueBounds,
+    Scheduler,
+    SequenceSlots,
+    TokenBudget,
+    create_batching,
+    create_queue,
+)
+from octavo.sim.fake_executor import FakeExecutor
+from octavo.sim.faults import (
+    SqueezableAllocator,
+    SqueezablePagedAllocator,
+    SqueezablePrefixAllocator,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSetup:
+    """How large a simulated engine is, and by which rules it serves.
+
+    policy, batching: names known to `octavo.scheduler`.
+    asynchronous: step n+1 is launched before the result of step n is read.
+    eager: whether a launched step has run by then, or runs when its result is read; in truth the
+        device decides, and both must give the same answers.
+    """
+
+    num_blocks: int = 64
+    block_size: int = 16
+    max_num_batched_tokens: int = 64
+    max_num_seqs: int = 8
+    max_model_len: int = 256
+    max_num_queued: int | None = None
+    vocab_size: int = 1000
+    prefix_caching: bool = True
+    policy: str = "fcfs"
+    batching: str = "chunked"
+    asynchronous: bool = False
+    eager: bool = True
+
+    @property
+    def is_orderly(self) -> bool:
+        """Whether requests are served strictly by age, so that their waiting has a known bound."""
+        return self.policy == "fcfs" and self.batching == "chunked"
+
+
+class InlineLauncher(Launcher):
+    """Runs background work in the caller's thread, now or when it is waited for: no races.
+
+    Stands in for the thread that runs steps beside the scheduler; work is done in order.
+    """
+
+    def __init__(self, *, eager: bool):
+        self._eager = eager
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future = _InlineFuture(lambda: fn(*args, **kwargs))
+        if self._eager:
+            future.run()
+        return future
+
+
+class _InlineFuture(Future[Any]):
+    """Work that is done at the latest when somebody waits for it."""
+
+    def __init__(self, work: Callable[[], Any]):
+        super().__init__()
+        self._work = work
+
+    def run(self) -> None:
+        try:
+            self.set_result(self._work())
+        except Exception as error:
+            self.set_exception(error)
+
+    def result(self, timeout: float | None = None) -> Any:
+        if not self.done():
+            self.run()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        if not self.done():
+            self.run()
+        return super().exception(timeout)
+
+
+def create_allocator(setup: EngineSetup) -> SqueezableAllocator:
+    """The allocator under test."""
+    kind = SqueezablePrefixAllocator if setup.prefix_caching else SqueezablePagedAllocator
+    return kind(setup.num_blocks, setup.block_size)
+
+
+def create_scheduler(allocator: SqueezableAllocator, setup: EngineSetup, clock: Clock) -> Scheduler:
+    """The scheduler under test."""
+    constraints: list[Constraint] = [
+        TokenBudget(setup.max_num_batched_tokens),
+        SequenceSlots(setup.max_num_seqs),
+        Blocks(allocator),
+    ]
+    return Scheduler(
+        allocator,
+        constraints,
+        max_model_len=setup.max_model_len,
+        queue=create_queue(setup.policy),
+        batching=create_batching(setup.batching, clock, max_num_seqs=setup.max_num_seqs),
+        bounds=QueueBounds(PrefillSpeed(), max_num_reqs=setup.max_num_queued),
+        clock=clock,
+    )
+
+
+def create_executor(setup: EngineSetup) -> FakeExecutor:
+    """What stands in for the model."""
+    return FakeExecutor(
+        num_blocks=setup.num_blocks, block_size=setup.block_size, vocab_size=setup.vocab_size
+    )
+
+
+def create_core(scheduler: Scheduler, executor: Executor, setup: EngineSetup) -> EngineCore:
+    """The loop under test."""
+    return EngineCore(
+        scheduler,
+        executor,
+        asynchronous=setup.asynchronous,
+        launcher=InlineLauncher(eager=setup.eager),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parts:
+    """How the pieces of an engine are made."""
+
+    allocator: Callable[[EngineSetup], SqueezableAllocator] = create_allocator
+    scheduler: Callable[[SqueezableAllocator, EngineSetup, Clock], Scheduler] = create_scheduler
+    executor: Callable[[EngineSetup], FakeExecutor] = create_executor
+    core: Callable[[Scheduler, Executor, EngineSetup], EngineCore] = create_core
