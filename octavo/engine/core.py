@@ -68,7 +68,8 @@ class EngineCore:
         plan = self._scheduler.schedule()
         before, self._ahead = self._ahead, (plan, launcher.submit(self._executor.execute, plan))
         events = [] if before is None else self._read(*before)
-        if not self._scheduler.has_work:  # nothing will follow the step in flight: read it, too
+        if not self._scheduler.has_work and self._ahead is not None:
+            # Nothing will follow the step in flight: read it, too.
             (plan, running), self._ahead = self._ahead, None
             events += self._read(plan, running)
         return events
@@ -103,6 +104,16 @@ class EngineCore:
                 f"{MAX_FAILED_STEPS} steps in a row failed, the last with "
                 f"{type(error).__name__}: {error}"
             ) from error
-        self._scheduler.discard(plan)
-        failed = [share.sequence_id for share in plan.scheduled]
-        return self._scheduler.fail(failed, "the step that this request was in failed")
+        plans = [plan, *self._abandon_ahead()]
+        for failed in plans:
+            self._scheduler.discard(failed)
+        failed_ids = [share.sequence_id for failed in plans for share in failed.scheduled]
+        return self._scheduler.fail(failed_ids, "the step that this request was in failed")
+
+    def _abandon_ahead(self) -> list[StepPlan]:
+        """Give up the step in flight: it was planned on top of one that failed."""
+        if self._ahead is None:
+            return []
+        (plan, running), self._ahead = self._ahead, None
+        running.exception()  # whatever came of it; the runner must be done before it is told more
+        return [plan]
