@@ -91,6 +91,8 @@ class Scheduler:
             RequestError: it could never run: id in use, too long for the context or for the pool.
             OverloadedError: the queue is full, or the request could not be answered in time.
         """
+        if not request.prompt_token_ids:
+            raise RequestError("the prompt is empty", param="prompt")
         if request.request_id in self._sequences:
             raise RequestError(f"request id {request.request_id} is in use", param="request_id")
         num_prompt_tokens = len(request.prompt_token_ids)
