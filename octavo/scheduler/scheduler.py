@@ -174,6 +174,8 @@ class Scheduler:
     def discard(self, plan: StepPlan) -> None:
         """There will be no result for this plan; whoever ran in it must be ended by `fail`."""
         self._land(plan)
+        # The runner may not have read it: it must hear again whom to forget.
+        self._dropped = [*plan.dropped, *self._dropped]
 
     def _land(self, plan: StepPlan) -> _InFlight:
         """The oldest plan is over: free what waited for it."""
