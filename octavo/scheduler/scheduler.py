@@ -163,7 +163,8 @@ class Scheduler:
                 continue
             if sequence.num_preemptions == life:
                 num_prompt_tokens += sequence.commit(share.num_tokens)
-                self.allocator.computed(sequence)
+                if not _failed(sampled.get(share.sequence_id)):
+                    self.allocator.computed(sequence)
             if share.samples:
                 events.append(self._commit_token(sequence, sampled[share.sequence_id]))
         self._counts["prompt"] += num_prompt_tokens
@@ -279,3 +280,8 @@ def _check_result(plan: StepPlan, result: StepResult, sampled: dict[str, Sampled
     missing = [s.sequence_id for s in plan.scheduled if s.samples and s.sequence_id not in sampled]
     if missing:
         raise IntegrityError(f"step {plan.step} brought no token for {missing[:4]}")
+
+
+def _failed(token: SampledToken | None) -> bool:
+    """Whether a sequence failed in this step: the KV that it wrote must not be found by others."""
+    return token is not None and token.error is not None
