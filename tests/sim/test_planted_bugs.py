@@ -1,0 +1,281 @@
+"""Can these tests fail? Engines with one planted bug each: the swarm must find every one.
+
+Each bug is a few lines that break one method. What finds it may differ (a recount, the fake model's
+text, a client's view, a bound on steps); that nothing finds it would mean a blind spot.
+"""
+
+import re
+
+import pytest
+
+from octavo.core import RequestEvent, StepPlan, StepResult
+from octavo.engine import EngineCore
+from octavo.kvcache import BlockPool
+from octavo.scheduler import POLICIES, SequenceSlots, TokenBudget
+from octavo.sim import FakeExecutor, Parts
+from octavo.sim.faults import SqueezablePagedAllocator, SqueezablePrefixAllocator
+from octavo.sim.parts import InlineLauncher, create_scheduler
+from octavo.sim.swarm import SwarmFailure, quiet_engine, run_seed
+
+NUM_SEEDS = 300
+
+
+def allocator_with(broken):
+    """Parts whose allocators, with and without prefix caching, have this mixin."""
+
+    class Paged(broken, SqueezablePagedAllocator):
+        pass
+
+    class Prefix(broken, SqueezablePrefixAllocator):
+        pass
+
+    def create(setup):
+        kind = Prefix if setup.prefix_caching else Paged
+        return kind(setup.num_blocks, setup.block_size)
+
+    return Parts(allocator=create)
+
+
+def executor_with(kind):
+    return Parts(
+        executor=lambda setup: kind(
+            num_blocks=setup.num_blocks, block_size=setup.block_size, vocab_size=setup.vocab_size
+        )
+    )
+
+
+def core_with(kind):
+    return Parts(
+        core=lambda scheduler, executor, setup: kind(
+            scheduler,
+            executor,
+            asynchronous=setup.asynchronous,
+            launcher=InlineLauncher(eager=setup.eager),
+        )
+    )
+
+
+class LeaksABlock:
+    def free(self, sequence):
+        sequence.block_ids = sequence.block_ids[:-1]
+        super().free(sequence)
+
+
+class FreesTwice:
+    def free(self, sequence):
+        block_ids = list(sequence.block_ids)
+        super().free(sequence)
+        self._pool.give_back(block_ids[:1])
+
+
+class GivesTheSameBlockTwice:
+    def extend(self, sequence, num_tokens):
+        added = super().extend(sequence, num_tokens)
+        if len(sequence.block_ids) > 2:
+            sequence.block_ids[-1] = sequence.block_ids[0]
+        return added
+
+
+class TellsTheRunnerAnotherBlock:
+    def extend(self, sequence, num_tokens):
+        return [
+            (block_id + 1) % self.num_blocks for block_id in super().extend(sequence, num_tokens)
+        ]
+
+
+class SkipsAPosition:
+    """One token more than is true is said to be computed already."""
+
+    def start(self, sequence):
+        return min(super().start(sequence) + 1, sequence.num_tokens - 1)
+
+
+class KeepsStaleKeys:
+    """A block that was given out for something else is still found by what it held before."""
+
+    def __init__(self, num_blocks, block_size):
+        super().__init__(num_blocks, block_size)
+
+        class Pool(BlockPool):
+            def _forget(self, block_id):
+                pass
+
+        self._pool = Pool(num_blocks)
+
+
+class NamesBlocksTooEarly:
+    """A block can be found before its last token is in it."""
+
+    def computed(self, sequence):
+        before = sequence.num_committed_tokens
+        sequence.num_committed_tokens = min(before + self.block_size - 1, len(sequence.token_ids))
+        super().computed(sequence)
+        sequence.num_committed_tokens = before
+
+
+class ForgetsSalts:
+    """Tenants who must not, share prefixes."""
+
+    def _key(self, sequence, index):
+        salted = sequence.request
+        sequence.request = type(salted)(
+            request_id=salted.request_id,
+            prompt_token_ids=salted.prompt_token_ids,
+            sampling=salted.sampling,
+            seed=salted.seed,
+        )
+        try:
+            return super()._key(sequence, index)
+        finally:
+            sequence.request = salted
+
+
+class ForgetsToDrop(FakeExecutor):
+    """The runner is never told who left."""
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return super().execute(StepPlan(plan.step, plan.new, plan.scheduled, ()))
+
+
+class WritesToTheWrongSlot(FakeExecutor):
+    """The first slot of every second block is written where the next block's is."""
+
+    def _slot(self, row, position):
+        slot = super()._slot(row, position)
+        is_wrong = position % (2 * self.block_size) == self.block_size
+        return (slot + self.block_size) % len(self._slot_tokens) if is_wrong else slot
+
+
+class LosesAnEvent(EngineCore):
+    """Now and then the end of a request is not told."""
+
+    def step(self) -> list[RequestEvent]:
+        events = super().step()
+        is_lost = self.stats().num_steps % 7 == 0
+        return [e for e in events if not (is_lost and e.finish_reason is not None)]
+
+
+class LosesAToken(EngineCore):
+    def step(self) -> list[RequestEvent]:
+        events = super().step()
+        return events[1:] if self.stats().num_steps % 7 == 0 else events
+
+
+class TellsAnEndTwice(EngineCore):
+    def step(self) -> list[RequestEvent]:
+        events = super().step()
+        return events + [event for event in events if event.finish_reason is not None]
+
+
+class FailsEverybody(EngineCore):
+    """One failure takes all others with it."""
+
+    def step(self) -> list[RequestEvent]:
+        events = super().step()
+        if any(event.error is not None for event in events):
+            events += self._scheduler.fail(list(self._scheduler._sequences), "somebody failed")
+        return events
+
+
+class IgnoresAborts(EngineCore):
+    def abort(self, request_ids: list[str]) -> list[RequestEvent]:
+        return super().abort(request_ids[1:])
+
+
+class LastComeFirstServed(POLICIES["fcfs"]):
+    """The oldest waits while younger ones come."""
+
+    def head(self):
+        return list(self)[-1] if len(self) else None
+
+
+class UnfairSlots(SequenceSlots):
+    """Whoever has a prompt of five, ten ... tokens never gets a place."""
+
+    def allow(self, sequence, num_tokens):
+        return 0 if sequence.num_prompt_tokens % 5 == 0 else super().allow(sequence, num_tokens)
+
+
+class SlowBudget(TokenBudget):
+    """Every other step computes nothing."""
+
+    num_steps = 0
+
+    def begin_step(self, *arguments):
+        super().begin_step(*arguments)
+        self.num_steps += 1
+
+    def allow(self, sequence, num_tokens):
+        return super().allow(sequence, num_tokens) if self.num_steps % 2 else 0
+
+
+class SpendsTooMuch(SequenceSlots):
+    """One sequence more than there are places."""
+
+    def __init__(self, max_num_seqs):
+        super().__init__(max_num_seqs + 1)
+
+
+def scheduler_with(*, queue=None, constraint=None, replaces=None):
+    """Parts whose scheduler has another queue, or another constraint in place of one of its own."""
+
+    def create(allocator, setup, clock):
+        scheduler = create_scheduler(allocator, setup, clock)
+        if queue is not None and setup.policy == "fcfs":
+            scheduler._waiting = queue()
+        if constraint is not None:
+            scheduler._constraints = tuple(
+                constraint(_limit_of(c)) if type(c) is replaces else c
+                for c in scheduler._constraints
+            )
+        return scheduler
+
+    return Parts(scheduler=create)
+
+
+def _limit_of(constraint):
+    is_budget = isinstance(constraint, TokenBudget)
+    return constraint.max_num_batched_tokens if is_budget else constraint.max_num_seqs
+
+
+PLANTED = {
+    "leaked block": allocator_with(LeaksABlock),
+    "double free": allocator_with(FreesTwice),
+    "block twice in a table": allocator_with(GivesTheSameBlockTwice),
+    "wrong block": allocator_with(TellsTheRunnerAnotherBlock),
+    "wrong position": allocator_with(SkipsAPosition),
+    "wrong slot": executor_with(WritesToTheWrongSlot),
+    "stale prefix key": allocator_with(KeepsStaleKeys),
+    "prefix named too early": allocator_with(NamesBlocksTooEarly),
+    "salt ignored": allocator_with(ForgetsSalts),
+    "request not dropped from the runner": executor_with(ForgetsToDrop),
+    "lost end": core_with(LosesAnEvent),
+    "lost token": core_with(LosesAToken),
+    "end told twice": core_with(TellsAnEndTwice),
+    "failure spreads": core_with(FailsEverybody),
+    "abort ignored": core_with(IgnoresAborts),
+    "starved by younger ones": scheduler_with(queue=LastComeFirstServed),
+    "starved for good": scheduler_with(constraint=UnfairSlots, replaces=SequenceSlots),
+    "half as fast as promised": scheduler_with(constraint=SlowBudget, replaces=TokenBudget),
+    "one place too many": scheduler_with(constraint=SpendsTooMuch, replaces=SequenceSlots),
+}
+
+
+def find(parts):
+    """What the first seed that fails has to say, or None."""
+    with quiet_engine():
+        for seed in range(NUM_SEEDS):
+            try:
+                run_seed(seed, parts=parts)
+            except SwarmFailure as failure:
+                return str(failure)
+    return None
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_the_swarm_finds_it(bug):
+    found = find(PLANTED[bug])
+    assert found is not None, f"{NUM_SEEDS} seeds do not notice: {bug}"
+    # Found for what it does, and not because it is planted badly.
+    assert "IntegrityError: " in found.splitlines()[1]
+    assert not re.search(r"\b(Type|Attribute|Name)Error\b", found)
