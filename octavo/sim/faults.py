@@ -113,7 +113,8 @@ class FaultyExecutor:
         self._last_result: StepResult | None = None
         self._new_injections: list[Injection] = []
         self.num_failures_in_a_row = 0
-        self.last_plan: StepPlan | None = None
+        self.num_sure_failures_in_a_row = 0  # the same, but a wrong reply may have been mended
+        self._last_plan: StepPlan | None = None
         self.unexpected: Exception | None = None  # the executor's own: a plan it cannot carry out
 
     def heal(self) -> None:
@@ -125,8 +126,13 @@ class FaultyExecutor:
         taken, self._new_injections = self._new_injections, []
         return taken
 
+    def take_plan(self) -> StepPlan | None:
+        """The plan that was executed last, unless it was taken before."""
+        taken, self._last_plan = self._last_plan, None
+        return taken
+
     def execute(self, plan: StepPlan) -> StepResult:
-        self.last_plan = plan
+        self._last_plan = plan
         fault = None if self._is_consequence else self._draw(plan.step)
         seconds = self.BASE_S + self.SECONDS_PER_TOKEN * plan.num_tokens
         if fault is Fault.SLOW:
@@ -138,8 +144,10 @@ class FaultyExecutor:
             self._note(plan, Fault.CONSEQUENCE, plan.scheduled)
             return self._executor.execute(plan)
         if fault in STEP_FAILURES:
+            self.num_sure_failures_in_a_row += 1
             self._note_failure(plan, fault)
             return self._fail(plan, fault)
+        self.num_sure_failures_in_a_row = 0
         result = self._last_result = self._run(plan)
         spoilt = result if fault is None else self._spoil(plan, result, fault)
         if fault in WRONG_REPLIES and spoilt is not result:

@@ -57,6 +57,7 @@ class SimulatedEngine:
         self.scheduler = parts.scheduler(self.allocator, setup, self.clock)
         self.core = parts.core(self.scheduler, self.executor, setup)
         self._is_draining = False
+        self._num_preemptions = 0
 
     def run(self, actions: Iterable[Action]) -> History:
         """Let all this happen, in order of time, then heal everything and answer who is left."""
@@ -77,6 +78,8 @@ class SimulatedEngine:
             if self.num_steps >= last_step:
                 raise IntegrityError(f"{sorted(self.history.live)} are starved: no end in sight")
             self.step()
+        if self.history.live:
+            raise IntegrityError(f"the engine is idle, but {sorted(self.history.live)} wait")
 
     def probe(self) -> None:
         """An idle engine must be as good as new: it knows an answer, and holds nothing else."""
@@ -95,14 +98,13 @@ class SimulatedEngine:
     def step(self) -> None:
         """One step of the engine; then clients read their news and the books are recounted."""
         self.num_steps += 1
-        self.executor.last_plan = None
         outcome: list[RequestEvent] | Exception = []
         try:
             outcome = self.core.step()
         except Exception as error:
             outcome = error
         injections = self.executor.take_injections()
-        plan = self.executor.last_plan
+        plan = self.executor.take_plan()
         self.trace.entries.append(TracedStep(self.clock.now(), plan, injections, outcome))
         if self.executor.unexpected is not None:
             raise IntegrityError("the executor cannot carry the plan out") from (
@@ -113,6 +115,11 @@ class SimulatedEngine:
         if isinstance(outcome, Exception):
             self._note_death(outcome)
             return
+        if not self.setup.asynchronous and self.executor.num_sure_failures_in_a_row > 1:
+            raise IntegrityError(f"the engine goes on though {MAX_FAILED_STEPS} steps failed")
+        if plan is not None and plan.num_tokens > self.setup.max_num_batched_tokens:
+            raise IntegrityError(f"a step of {plan.num_tokens} tokens is over the budget")
+        self._check_preemptions()
         self._tell(outcome)
         self._recount()
 
@@ -130,6 +137,21 @@ class SimulatedEngine:
         num_steps = -(-num_tokens // self.setup.max_num_batched_tokens) + num_output
         # Asynchronously its end is seen a step later, and so is the room that it leaves.
         return num_steps + (2 if self.setup.asynchronous else 0)
+
+    def _check_preemptions(self) -> None:
+        """Nobody is pushed out of a pool that has room for all of everyone.
+
+        Priority may push out for places, and asynchronously who has ended still holds blocks.
+        """
+        before, self._num_preemptions = self._num_preemptions, self.core.stats().num_preemptions
+        setup = self.setup
+        if self._num_preemptions == before or setup.policy == "priority" or setup.asynchronous:
+            return
+        needed = sum(
+            -(-client.max_num_tokens // setup.block_size) for client in self.history.live.values()
+        )
+        if needed <= setup.num_blocks - self.allocator.num_hidden_blocks:
+            raise IntegrityError(f"somebody was pushed out, though {needed} blocks hold everyone")
 
     def _step_until(self, at_s: float) -> None:
         """Serve until it is that late; an engine without work sleeps."""

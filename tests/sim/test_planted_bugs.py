@@ -177,6 +177,20 @@ class FailsEverybody(EngineCore):
         return events
 
 
+class FallsAsleep(EngineCore):
+    """It looks idle while somebody waits."""
+
+    @property
+    def has_work(self):
+        return super().has_work and self.stats().num_waiting < 3
+
+
+class NeverDies(EngineCore):
+    def _fail(self, plan, error):
+        self._num_failed_steps = 0
+        return super()._fail(plan, error)
+
+
 class IgnoresAborts(EngineCore):
     def abort(self, request_ids: list[str]) -> list[RequestEvent]:
         return super().abort(request_ids[1:])
@@ -207,6 +221,17 @@ class SlowBudget(TokenBudget):
 
     def allow(self, sequence, num_tokens):
         return super().allow(sequence, num_tokens) if self.num_steps % 2 else 0
+
+
+class EndlessBudget(TokenBudget):
+    def take(self, sequence, num_tokens):
+        pass
+
+
+class PreemptingBudget(TokenBudget):
+    """Who gets no tokens in a step pushes others out of memory that is not short."""
+
+    preempts = True
 
 
 class SpendsTooMuch(SequenceSlots):
@@ -253,10 +278,14 @@ PLANTED = {
     "lost token": core_with(LosesAToken),
     "end told twice": core_with(TellsAnEndTwice),
     "failure spreads": core_with(FailsEverybody),
+    "idle while somebody waits": core_with(FallsAsleep),
+    "alive though all fails": core_with(NeverDies),
     "abort ignored": core_with(IgnoresAborts),
     "starved by younger ones": scheduler_with(queue=LastComeFirstServed),
     "starved for good": scheduler_with(constraint=UnfairSlots, replaces=SequenceSlots),
     "half as fast as promised": scheduler_with(constraint=SlowBudget, replaces=TokenBudget),
+    "token budget ignored": scheduler_with(constraint=EndlessBudget, replaces=TokenBudget),
+    "pushed out for nothing": scheduler_with(constraint=PreemptingBudget, replaces=TokenBudget),
     "one place too many": scheduler_with(constraint=SpendsTooMuch, replaces=SequenceSlots),
 }
 
