@@ -51,7 +51,7 @@ def native_rms_norm(
         residual.shape == x.shape and residual.is_contiguous() and residual.dtype is x.dtype
     ):
         raise refuse("rms_norm", "residual is like x, contiguous", x=x, residual=residual)
-    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    normed = x.new_empty(rows, width)
     native.library().rms_norm[x.dtype](
         x.data_ptr(),
         row_stride,
