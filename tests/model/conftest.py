@@ -1,20 +1,33 @@
 """The real model once, in transformers and in Octavo, both fp32."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from octavo import LLM
-from octavo.config import DEFAULT_MODEL, locate
+from octavo.config import DEFAULT_MODEL, ModelConfig, locate
+from octavo.weights import read_tensors
 
 
 @pytest.fixture(scope="session")
-def reference():
-    """transformers' own reading of the same GGUF file."""
+def reference(tmp_path_factory):
+    """transformers' model on the same weights, as plain tensors.
+
+    tests/weights holds each of these tensors, bit for bit, to transformers' own reading of the GGUF
+    file; reading it here again would take half a minute.
+    """
     from transformers import AutoModelForCausalLM
 
-    path = locate(DEFAULT_MODEL).path
+    checkpoint = locate(DEFAULT_MODEL)
+    config = ModelConfig.from_checkpoint(checkpoint)
+    directory = tmp_path_factory.mktemp("plain")
+    tensors = dict(read_tensors(checkpoint, config, dtype=torch.float32))
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(checkpoint.config()))
     model = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        directory, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval()
 
