@@ -88,6 +88,11 @@ class SimulatedEngine:
             raise IntegrityError(
                 f"{stats.num_blocks - stats.num_free_blocks} blocks never came back"
             )
+        num_tokens = sum(client.num_output_tokens for client in self.history.clients)
+        if (stats.num_generation_tokens, stats.num_steps) != (num_tokens, self.num_steps):
+            raise IntegrityError(
+                f"{num_tokens} tokens in {self.num_steps} steps, not as in {stats}"
+            )
         self._is_draining = False
         sampling = SamplingParams(max_tokens=1)
         self._arrive(Request(request_id="probe", prompt_token_ids=[1], sampling=sampling, seed=0))
@@ -203,6 +208,9 @@ class SimulatedEngine:
         client = self.history.accept(
             request, max_tokens, at_s=self.clock.now(), step=self.num_steps
         )
+        limit = self.setup.max_num_queued
+        if limit is not None and self.core.stats().num_waiting > limit:
+            raise IntegrityError(f"more than {limit} requests may wait")
         if self.setup.is_orderly and not self.allocator.num_hidden_blocks:
             client.due_step = self._step_when_idle()
 

@@ -99,7 +99,7 @@ def quiet_engine() -> Iterator[None]:
 
 def _draw_setup(rng: random.Random) -> EngineSetup:
     block_size = rng.choice((1, 2, 4, 4, 8, 16))
-    num_tokens = rng.choice((24, 40, 40, 80, 160, 400))  # that the pool holds
+    num_tokens = rng.choice((24, 40, 40, 80, 200, 400))  # that the pool holds
     return EngineSetup(
         num_blocks=max(2, num_tokens // block_size),
         block_size=block_size,
@@ -131,7 +131,7 @@ def _draw_requests(rng: random.Random, setup: EngineSetup) -> list[Request]:
         max_tokens = rng.randint(1, output_len)
         if rng.random() < 0.95:  # mostly it fits, if only just
             prompt = (prompt or beginnings[0])[: room - 1]
-            max_tokens = min(max_tokens, room - len(prompt))
+            max_tokens = min(max_tokens, room - len(prompt) + rng.choice((0, 0, 1, 2)))
         sampling = SamplingParams(
             max_tokens=None if rng.random() < 0.02 else max_tokens,
             min_tokens=rng.choice((0, 0, max_tokens // 2)),

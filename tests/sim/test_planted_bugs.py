@@ -11,13 +11,13 @@ import pytest
 from octavo.core import RequestEvent, StepPlan, StepResult
 from octavo.engine import EngineCore
 from octavo.kvcache import BlockPool
-from octavo.scheduler import POLICIES, SequenceSlots, TokenBudget
+from octavo.scheduler import POLICIES, PrefillSpeed, QueueBounds, SequenceSlots, TokenBudget
 from octavo.sim import FakeExecutor, Parts
 from octavo.sim.faults import SqueezablePagedAllocator, SqueezablePrefixAllocator
 from octavo.sim.parts import InlineLauncher, create_scheduler
 from octavo.sim.swarm import SwarmFailure, quiet_engine, run_seed
 
-NUM_SEEDS = 300
+NUM_SEEDS = 500
 
 
 def allocator_with(broken):
@@ -241,13 +241,20 @@ class SpendsTooMuch(SequenceSlots):
         super().__init__(max_num_seqs + 1)
 
 
-def scheduler_with(*, queue=None, constraint=None, replaces=None):
-    """Parts whose scheduler has another queue, or another constraint in place of one of its own."""
+class NoBounds(QueueBounds):
+    def check(self, *arguments, **numbers):
+        pass
+
+
+def scheduler_with(*, queue=None, constraint=None, replaces=None, bounds=None):
+    """Parts whose scheduler has another queue, other bounds, or one constraint for another."""
 
     def create(allocator, setup, clock):
         scheduler = create_scheduler(allocator, setup, clock)
         if queue is not None and setup.policy == "fcfs":
             scheduler._waiting = queue()
+        if bounds is not None:
+            scheduler._bounds = bounds(PrefillSpeed())
         if constraint is not None:
             scheduler._constraints = tuple(
                 constraint(_limit_of(c)) if type(c) is replaces else c
@@ -284,6 +291,7 @@ PLANTED = {
     "starved by younger ones": scheduler_with(queue=LastComeFirstServed),
     "starved for good": scheduler_with(constraint=UnfairSlots, replaces=SequenceSlots),
     "half as fast as promised": scheduler_with(constraint=SlowBudget, replaces=TokenBudget),
+    "queue without bound": scheduler_with(bounds=NoBounds),
     "token budget ignored": scheduler_with(constraint=EndlessBudget, replaces=TokenBudget),
     "pushed out for nothing": scheduler_with(constraint=PreemptingBudget, replaces=TokenBudget),
     "one place too many": scheduler_with(constraint=SpendsTooMuch, replaces=SequenceSlots),
