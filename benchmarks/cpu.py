@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -54,7 +53,6 @@ def write_plain_checkpoint(directory: Path) -> None:
     tensors = dict(read_tensors(checkpoint, config, dtype=torch.bfloat16))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(checkpoint.config()))
-    shutil.copy(checkpoint.tokenizer_file(), directory / "tokenizer.json")
 
 
 def run_engine(engine: str, dtype: str, model: Path, *, options: list[str]) -> Figures:
@@ -163,7 +161,7 @@ def update_readme(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="processes of each engine")
+    parser.add_argument("--rounds", type=int, default=1, help="processes of each engine")
     parser.add_argument("--repeats", type=int, default=3, help="runs in each process")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -198,7 +198,7 @@ def test_flags_and_make_targets_in_the_docs_exist(document):
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
     for target in re.findall(r"(?:^|`)make ([a-z][a-z-]*)", text, re.M):
         assert target in targets, f"{document}: make {target}"
-    for line in re.findall(r"octavo (?:serve|chat|generate|explain)[^\n`]*", text):
+    for line in re.findall(r"octavo (?:serve|chat|generate|explain|why)[^\n`]*", text):
         for flag in re.findall(r"--[a-z][a-z-]+", line):
             assert flag in all_flags(), f"{document}: {flag}"
 
