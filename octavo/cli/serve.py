@@ -20,7 +20,8 @@ HELP = "serve a model over HTTP with the OpenAI API"
 
 CURL = """\
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
-  -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'"""
+  -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}],
+       "temperature": 0}}'"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
