@@ -31,7 +31,7 @@ from octavo.engine.messages import (
     decode_to_engine,
     encode,
 )
-from octavo.errors import OverloadedError, RequestError
+from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
 
 logger = logging.getLogger("octavo.engine")
 
@@ -47,7 +47,9 @@ def main() -> None:
         try:
             _run(options, socket)
         except Exception as error:
-            logger.exception("the engine stops")
+            # An error of ours says all in one line, which the front end prints.
+            if not isinstance(error, OctavoError) or isinstance(error, EngineDeadError):
+                logger.exception("the engine stops")
             socket.send(encode(Fatal(type(error).__name__, str(error))))
             sys.exit(1)
 

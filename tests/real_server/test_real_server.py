@@ -90,7 +90,10 @@ def test_chat_and_completion_streamed_and_not(client):
     chunks = list(stream)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == chat.choices[0].message.content
-    assert chunks[-1].usage == chat.usage
+    assert chunks[-1].usage.prompt_tokens == chat.usage.prompt_tokens
+    assert chunks[-1].usage.completion_tokens == chat.usage.completion_tokens
+    # The second time, all full blocks of the prompt but the last token's were found.
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens == 32
     options = {"model": model, "prompt": "The capital of France is", "temperature": 0}
     whole = client.completions.create(**options, max_tokens=12)
     pieces = client.completions.create(**options, max_tokens=12, stream=True)
