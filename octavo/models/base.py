@@ -1,21 +1,23 @@
 """What the runner and the loader need of a model."""
 
+from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from octavo.layers import Slot, StepContext
 
 
-class Model(nn.Module):
+class Model(nn.Module, ABC):
     """One architecture: wiring of layers, and the checkpoint's names of their weights."""
 
+    @abstractmethod
     def slots(self) -> dict[str, Slot]:
         """Checkpoint tensor names and the places that wait for them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, token_ids: Tensor, context: StepContext) -> Tensor:
         """token_ids [T] -> hidden states [T, hidden_size]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden_size] -> fp32 logits [S, vocab_size]."""
-        raise NotImplementedError

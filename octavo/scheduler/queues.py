@@ -6,6 +6,7 @@ decides nothing about memory or budgets: those are constraints.
 
 import heapq
 import itertools
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
@@ -86,7 +87,7 @@ class FirstComeFirstServed:
         return iter(self._queue)
 
 
-class _Ranked:
+class _Ranked(ABC):
     """A queue by rank, lowest first; ties go by arrival. Base of the policies that rank.
 
     Removed sequences stay in the heap until they come to its top, so that removal is cheap.
@@ -97,9 +98,9 @@ class _Ranked:
         self._waiting: dict[str, int] = {}  # id -> the entry of its that counts
         self._entries = itertools.count()
 
+    @abstractmethod
     def rank(self, sequence: Sequence) -> tuple[float, ...]:
         """Lower is served first."""
-        raise NotImplementedError
 
     def add(self, sequence: Sequence) -> None:
         entry = next(self._entries)
@@ -118,7 +119,7 @@ class _Ranked:
         del self._waiting[sequence.id]
 
     def served(self, sequence: Sequence, num_tokens: int) -> None:
-        pass
+        return  # a rank does not change with service
 
     def victim(self, running: list[Sequence]) -> Sequence:
         # The last of the lowest rank: max() keeps the first of equals, so it looks from the end.
