@@ -8,7 +8,7 @@ Prints the median of planning and of committing a step with R running and W wait
 import statistics
 import time
 
-from octavo.core import Request, SampledToken, SamplingParams, StepPlan, StepResult
+from octavo.core import Request, SampledTokens, SamplingParams, StepPlan, StepResult
 from octavo.kvcache import PrefixAllocator
 from octavo.scheduler import (
     POLICIES,
@@ -24,7 +24,7 @@ NUM_STEPS = 200
 
 def answer(plan: StepPlan) -> StepResult:
     """What a runner would say, made without one."""
-    return StepResult(plan.step, tuple(SampledToken(s.sequence_id, 5) for s in plan.scheduled))
+    return StepResult(plan.step, tuple(SampledTokens(s.sequence_id, (5,)) for s in plan.scheduled))
 
 
 def measure(num_running: int, num_waiting: int, policy: str) -> tuple[float, float]:

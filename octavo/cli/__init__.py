@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from octavo import __version__
-from octavo.cli import chat, explain, generate, serve, why
+from octavo.cli import bench, chat, explain, generate, plan, serve, sim, trace, why
 from octavo.errors import OctavoError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -14,7 +14,11 @@ COMMANDS: dict[str, ModuleType] = {
     "chat": chat,
     "generate": generate,
     "explain": explain,
+    "plan": plan,
     "why": why,
+    "trace": trace,
+    "sim": sim,
+    "bench": bench,
 }
 
 

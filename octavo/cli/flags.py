@@ -42,7 +42,7 @@ def add_dataclass(parser: argparse.ArgumentParser, kind: Any, title: str) -> Non
             group.add_argument(flag(field.name), nargs="+", metavar="NAME", **common)
         elif choices := field.metadata.get("choices"):
             group.add_argument(flag(field.name), choices=choices, **common)
-        elif hint is bool:
+        elif hint in (bool, bool | None):
             group.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **common)
         else:
             scalar = _scalar_type(hint)

@@ -13,11 +13,17 @@ Made by `make docs` from the same dataclasses that the flags and `LLM(...)` keyw
 
 def reference_page() -> str:
     """The page in Markdown."""
-    parser = build_parser()
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    parts = [HEADER, _table("octavo", parser)]
-    parts += [_table(f"octavo {name}", command) for name, command in commands.choices.items()]
-    return "\n".join(parts)
+    return "\n".join([HEADER, *_tables("octavo", build_parser())])
+
+
+def _tables(title: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A command's own table, and those of the commands below it."""
+    tables = [_table(title, parser)]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                tables += _tables(f"{title} {name}", command)
+    return tables
 
 
 def _table(title: str, parser: argparse.ArgumentParser) -> str:

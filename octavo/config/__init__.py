@@ -10,6 +10,7 @@ from octavo.config.options import (
     EngineOptions,
     ModelOptions,
     SchedulerOptions,
+    option,
 )
 from octavo.config.resolve import (
     DeviceFacts,
@@ -35,6 +36,7 @@ __all__ = [
     "SchedulerOptions",
     "Setting",
     "locate",
+    "option",
     "resolve",
     "with_kv_cache_bytes",
 ]

@@ -6,6 +6,7 @@ me"; `resolve` decides and remembers why. Knows neither files nor devices.
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,11 +53,28 @@ class CacheOptions:
     """How much KV memory there is and how it is cut."""
 
     block_size: int = option(16, "tokens in a KV block")
-    enable_prefix_caching: bool = option(
-        True, "reuse the KV of prompts' common beginnings, found by their full blocks"
+    kv_allocator: str = option(
+        "paged",
+        "how sequences get KV memory: one run for the longest context, one run for the request's "
+        "own maximum in the buddy system, or blocks as they are needed",
+        ("contiguous", "contiguous-buddy", "paged"),
+    )
+    enable_prefix_caching: bool | None = option(
+        None,
+        "reuse the KV of prompts' common beginnings, found by their full blocks; default: yes, "
+        "where blocks are paged",
     )
     kv_cache_memory_bytes: int | None = option(
         None, "bytes for the KV cache; default: 1 GiB on a CPU, what is left on a GPU"
+    )
+    kv_offloading_size: float | None = option(
+        None, "GiB of host memory that take evicted prefixes and preempted requests; default: none"
+    )
+    kv_offloading_disk_size: float | None = option(
+        None, "GiB of disk that take what the host memory evicts, and keep it over a restart"
+    )
+    kv_offloading_disk_path: str | None = option(
+        None, "file for them; default: one for each model under ~/.cache/octavo/kv"
     )
     gpu_memory_utilization: float = option(
         0.9, "share of the GPU's memory that weights, activations and KV cache may fill together"
@@ -77,6 +95,12 @@ class SchedulerOptions:
         "fcfs",
         "who goes first: in order of arrival, by priority, fairly between tenants, or by deadline",
         ("fcfs", "priority", "fair", "deadline"),
+    )
+    preemption_mode: str | None = option(
+        None,
+        "what becomes of a preempted request's KV: computed again, swapped to host memory, or "
+        "whichever costs less; default: auto where there is host memory for it, else recompute",
+        ("recompute", "swap", "auto"),
     )
     batching: str = option(
         "chunked",
@@ -145,17 +169,24 @@ def _unknown(name: str, known: list[str]) -> str:
     return f"unknown option {name!r}{hint}"
 
 
+def _is_real(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check(options: EngineOptions) -> None:
     for group in GROUPS:
         values = getattr(options, group)
         for f in dataclasses.fields(values):
             value, choices = getattr(values, f.name), f.metadata["choices"]
-            if choices and value not in choices:
+            if choices and value not in choices and not (value is None and f.default is None):
                 raise ConfigError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}")
             is_count = f.type in (int, int | None) and value is not None
             if is_count and (not isinstance(value, int) or value is True or value < 1):
                 raise ConfigError(f"{f.name} must be a positive integer, got {value!r}")
-            if f.type is bool and not isinstance(value, bool):
+            if f.type == float | None and value is not None and not (_is_real(value) and value > 0):
+                raise ConfigError(f"{f.name} must be greater than 0, got {value!r}")
+            is_switch = f.type is bool or (f.type == bool | None and value is not None)
+            if is_switch and not isinstance(value, bool):
                 raise ConfigError(f"{f.name} must be true or false, got {value!r}")
     if not 0.0 < options.cache.gpu_memory_utilization <= 1.0:
         raise ConfigError(

@@ -17,6 +17,7 @@ Source = Literal["user", "default", "checkpoint", "device", "rule"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CPU_KV_CACHE_BYTES = 2**30
 MIB = 2**20
+GIB = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,13 @@ class ResolvedConfig:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    kv_allocator: str
     enable_prefix_caching: bool
     kv_cache_bytes: int | None
+    kv_offloading_bytes: int
+    kv_offloading_disk_bytes: int
+    kv_offloading_disk_path: str | None
+    preemption_mode: str
     gpu_memory_utilization: float
     scheduling_policy: str
     batching: str
@@ -68,6 +74,16 @@ class ResolvedConfig:
         """Bytes of one KV block over all layers."""
         values = 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim
         return values * DTYPE_BYTES[self.dtype] * self.block_size
+
+    @property
+    def num_host_blocks(self) -> int:
+        """KV blocks that the host memory holds."""
+        return self.kv_offloading_bytes // self.kv_block_bytes
+
+    @property
+    def num_disk_blocks(self) -> int:
+        """KV blocks that the disk holds."""
+        return self.kv_offloading_disk_bytes // self.kv_block_bytes
 
 
 class _Ledger:
@@ -132,11 +148,13 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
-        enable_prefix_caching=ledger.as_given(
-            "enable_prefix_caching", options.cache.enable_prefix_caching, "costs next to nothing"
+        kv_allocator=ledger.as_given(
+            "kv_allocator", options.cache.kv_allocator, "wastes less than a block a sequence"
         ),
+        enable_prefix_caching=_prefix_caching(options, ledger),
         kv_cache_bytes=kv_cache_bytes,
         gpu_memory_utilization=utilization,
+        **_offloading(options, facts, ledger),
         **_queueing(options, ledger),
         settings=(),
     )
@@ -155,6 +173,49 @@ def _queueing(options: EngineOptions, ledger: _Ledger) -> dict[str, Any]:
     return {
         name: ledger.as_given(name, getattr(options.scheduler, name), why)
         for name, why in reasons.items()
+    }
+
+
+def _prefix_caching(options: EngineOptions, ledger: _Ledger) -> bool:
+    """Whether blocks are shared: what lies in one run cannot be."""
+    given, allocator = options.cache.enable_prefix_caching, options.cache.kv_allocator
+    if allocator == "paged":
+        why = "costs next to nothing"
+        return bool(ledger.choose("enable_prefix_caching", given, "default", True, why))
+    if given:
+        raise ConfigError(
+            f"enable_prefix_caching shares blocks, but kv_allocator {allocator} gives each "
+            "sequence a run of its own; drop one of the two"
+        )
+    why = f"kv_allocator {allocator} cannot share blocks"
+    return bool(ledger.choose("enable_prefix_caching", given, "rule", False, why))
+
+
+def _offloading(options: EngineOptions, facts: DeviceFacts, ledger: _Ledger) -> dict[str, Any]:
+    """The memory below the device, and what preemption does with it."""
+    cache, mode = options.cache, options.scheduler.preemption_mode
+    host, disk = cache.kv_offloading_size or 0.0, cache.kv_offloading_disk_size or 0.0
+    shares_blocks = cache.kv_allocator == "paged" and cache.enable_prefix_caching is not False
+    if host and not shares_blocks:
+        raise ConfigError("kv_offloading_size needs paged blocks and prefix caching")
+    if not host and (disk or cache.kv_offloading_disk_path):
+        raise ConfigError("what goes to disk passes through host memory: set kv_offloading_size")
+    if not host and mode in ("swap", "auto"):
+        raise ConfigError(f"preemption_mode {mode} needs host memory: set kv_offloading_size")
+    if host * GIB > facts.free_memory_bytes and facts.kind == "cpu":
+        raise ConfigError(
+            f"kv_offloading_size is {host:g} GiB, but only {facts.free_memory_bytes // MIB} MiB "
+            "of memory are free; ask for less"
+        )
+    ledger.as_given("kv_offloading_size", cache.kv_offloading_size, "evicted blocks are dropped")
+    ledger.as_given("kv_offloading_disk_size", cache.kv_offloading_disk_size, "nothing is kept")
+    why = "there is host memory for it" if host else "no host memory is set aside"
+    default = "auto" if host else "recompute"
+    return {
+        "kv_offloading_bytes": int(host * GIB),
+        "kv_offloading_disk_bytes": int(disk * GIB),
+        "kv_offloading_disk_path": cache.kv_offloading_disk_path,
+        "preemption_mode": ledger.choose("preemption_mode", mode, "rule", default, why),
     }
 
 
@@ -219,10 +280,15 @@ def fit_max_model_len(
         ConfigError: the user asked for more than fits, or hardly anything fits.
     """
     kv_cache_bytes = config.kv_cache_bytes or 0
-    num_slots = kv_cache_bytes // config.kv_block_bytes * config.block_size
+    num_blocks = kv_cache_bytes // config.kv_block_bytes
+    one_run = ""
+    if config.kv_allocator == "contiguous-buddy":
+        # One sequence lies in one run, and the longest is the largest power of two in the pool.
+        num_blocks, one_run = 1 << num_blocks.bit_length() >> 1, " in one run of a power of two"
+    num_slots = num_blocks * config.block_size
     if num_slots >= wanted:
         return wanted, source, ""
-    have = f"{kv_cache_bytes // MIB} MiB of KV cache hold {num_slots} tokens"
+    have = f"{kv_cache_bytes // MIB} MiB of KV cache hold {num_slots} tokens{one_run}"
     if source == "user" or num_slots < 2 * config.block_size:
         raise ConfigError(
             f"a context of {wanted} tokens is wanted, but {have}; raise kv_cache_memory_bytes or "

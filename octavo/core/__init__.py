@@ -3,11 +3,13 @@
 from octavo.core.events import EngineStats, RequestEvent
 from octavo.core.plan import (
     NewSequence,
-    SampledToken,
+    SampledTokens,
     ScheduledTokens,
     StepPlan,
     StepResult,
+    Tier,
     TokenLogprobs,
+    Transfer,
 )
 from octavo.core.protocols import Clock, Executor, SystemClock
 from octavo.core.request import (
@@ -19,26 +21,30 @@ from octavo.core.request import (
     resolve_max_tokens,
 )
 from octavo.core.sampling import SamplingParams
-from octavo.core.sequence import Sequence, SequenceStatus
+from octavo.core.sequence import Fork, Sequence, SequenceStatus, Swapped
 
 __all__ = [
     "Clock",
     "EngineStats",
     "Executor",
     "FinishReason",
+    "Fork",
     "NewSequence",
     "Request",
     "RequestEvent",
     "RequestOptions",
-    "SampledToken",
+    "SampledTokens",
     "SamplingParams",
     "ScheduledTokens",
     "Sequence",
     "SequenceStatus",
     "StepPlan",
     "StepResult",
+    "Swapped",
     "SystemClock",
+    "Tier",
     "TokenLogprobs",
+    "Transfer",
     "check_prompt",
     "check_sampling_ids",
     "resolve_max_tokens",

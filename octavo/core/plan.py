@@ -5,9 +5,29 @@ comes as "run this many more tokens, with these new blocks". Sampled ids need no
 the runner appends them to its own copy when it samples them.
 """
 
+import enum
+
 import msgspec
 
 from octavo.core.sampling import SamplingParams
+
+
+class Tier(enum.IntEnum):
+    """Where a KV block's content lies; each tier numbers its blocks from 0."""
+
+    DEVICE = 0
+    HOST = 1
+    DISK = 2
+
+
+class Transfer(msgspec.Struct, frozen=True):
+    """The content of one KV block is copied to another, in all layers."""
+
+    source_tier: Tier
+    source: int
+    target_tier: Tier
+    target: int
+    key: bytes = b""  # the content's name, which a disk keeps beside it
 
 
 class NewSequence(msgspec.Struct, frozen=True):
@@ -21,15 +41,23 @@ class NewSequence(msgspec.Struct, frozen=True):
     sampling: SamplingParams
     seed: int
     stop_ids: frozenset[int]  # masked until `sampling.min_tokens` are out
+    num_logprobs: int | None = None  # report the likeliest tokens, so many of them
 
 
 class ScheduledTokens(msgspec.Struct, frozen=True):
-    """This step's share of one sequence."""
+    """This step's share of one sequence.
+
+    The last of its tokens may be drafts: guesses of what comes next, to be checked in this step.
+    Before the step the block table becomes its first `num_kept_blocks` entries and `new_block_ids`;
+    for a new sequence, whose table came whole, both are empty.
+    """
 
     sequence_id: str
-    num_tokens: int
-    new_block_ids: tuple[int, ...]  # appended to the block table before the step; empty when new
-    samples: bool  # the last of these tokens yields logits to draw from
+    num_tokens: int  # drafts included
+    num_kept_blocks: int
+    new_block_ids: tuple[int, ...]
+    samples: bool  # the last of these tokens, and each before a draft, yields logits to draw from
+    draft_ids: tuple[int, ...] = ()
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -39,6 +67,7 @@ class StepPlan(msgspec.Struct, frozen=True):
     new: tuple[NewSequence, ...]
     scheduled: tuple[ScheduledTokens, ...]
     dropped: tuple[str, ...]  # finished, aborted or preempted since the last plan: forget them
+    transfers: tuple[Transfer, ...] = ()  # to be done in this order, before any token is computed
 
     @property
     def num_tokens(self) -> int:
@@ -57,12 +86,17 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...]
 
 
-class SampledToken(msgspec.Struct, frozen=True):
-    """What one sequence got from a step: a token, or the reason why it cannot go on."""
+class SampledTokens(msgspec.Struct, frozen=True):
+    """What one sequence got from a step: tokens, or the reason why it cannot go on.
+
+    Without drafts there is one token. With drafts there are as many as were guessed right, and one
+    more: each is what would have been drawn at its place had there been no drafts.
+    """
 
     sequence_id: str
-    token_id: int
-    logprobs: TokenLogprobs | None = None
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of `token_ids` when asked for
+    draft_ids: tuple[int, ...] = ()  # guesses of what follows, for a later step to check
     error: str | None = None  # set: this sequence failed (NaN logits, say); others are unaffected
 
 
@@ -70,4 +104,6 @@ class StepResult(msgspec.Struct, frozen=True):
     """The runner's answer to a plan: one entry for each scheduled sequence with `samples`."""
 
     step: int
-    sampled: tuple[SampledToken, ...]
+    sampled: tuple[SampledTokens, ...]
+    failed_transfers: tuple[int, ...] = ()  # indices into the plan's: these contents are lost
+    transfer_s: float = 0.0  # seconds that the plan's transfers took

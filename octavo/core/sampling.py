@@ -5,6 +5,7 @@ Names and meanings follow vLLM's `SamplingParams` and the OpenAI API, so that us
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import msgspec
 
@@ -14,6 +15,7 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1_000
 MAX_LOGPROBS = 20
 MAX_N = 128
+MAX_BEAMS = 32
 INT64_MAX = 2**63 - 1
 
 
@@ -38,6 +40,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: report log-probabilities of the drawn token and of this many likeliest ones.
     logit_bias: added to the logits of these token ids.
     allowed_token_ids: if given, nothing else can be drawn.
+    use_beam_search: instead of drawing, keep the `beam_width` likeliest continuations at each step
+        and return the best `n` by sum of logprobs / length ** `length_penalty`; `early_stopping`
+        ends the search when `beam_width` are finished (True), when no better one is likely (False),
+        or when none is possible ("never"), as in transformers.
     detokenize: False returns ids only. skip_special_tokens: leave special tokens out of the text.
     """
 
@@ -58,6 +64,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | Literal["never"] = False
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -67,6 +77,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_reals(self)
         _check_stops(self)
         _check_token_tables(self)
+        _check_beams(self)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -74,9 +85,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def num_beams(self) -> int:
+        """Continuations that a beam search keeps; `beam_width`, or `n` where it was not given."""
+        return self.n if self.beam_width is None else self.beam_width
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that run for one request."""
+        return self.num_beams if self.use_beam_search else self.n
+
+    @property
     def greedy(self) -> bool:
         """True where the draw has no randomness."""
-        return self.temperature == 0.0
+        return self.temperature == 0.0 or self.use_beam_search
 
     @property
     def has_penalties(self) -> bool:
@@ -105,6 +126,7 @@ def _check_integers(params: SamplingParams) -> None:
     optional_bounds: dict[str, tuple[int, int]] = {
         "max_tokens": (1, INT64_MAX),
         "logprobs": (0, MAX_LOGPROBS),
+        "beam_width": (1, MAX_BEAMS),
         "seed": (-(2**63), INT64_MAX),
     }
     for name, (low, high) in (bounds | optional_bounds).items():
@@ -126,6 +148,7 @@ def _check_reals(params: SamplingParams) -> None:
         "presence_penalty": (-2.0, 2.0),
         "frequency_penalty": (-2.0, 2.0),
         "repetition_penalty": (0.01, 100.0),
+        "length_penalty": (-10.0, 10.0),
     }
     for name, (low, high) in bounds.items():
         value = getattr(params, name)
@@ -161,3 +184,32 @@ def _check_token_tables(params: SamplingParams) -> None:
             raise RequestError("logit_bias keys must be token ids", param="logit_bias")
         if not isinstance(bias, (int, float)) or not -100.0 <= bias <= 100.0:
             raise RequestError("logit_bias values must be in -100..100", param="logit_bias")
+
+
+def _check_beams(params: SamplingParams) -> None:
+    """A beam search is deterministic: what shapes or restricts a draw has no meaning in it."""
+    if not params.use_beam_search:
+        neutral = {"beam_width": None, "length_penalty": 1.0, "early_stopping": False}
+        for name, value in neutral.items():
+            if getattr(params, name) != value:
+                raise RequestError(f"{name} needs use_beam_search", param=name)
+        return
+    if params.early_stopping not in (True, False, "never"):
+        raise _refuse("early_stopping", 'true, false or "never"', params.early_stopping)
+    if not params.n <= params.num_beams <= MAX_BEAMS:
+        raise _refuse("beam_width", f"in n ({params.n})..{MAX_BEAMS}", params.num_beams)
+    shaped = {
+        "temperature": params.temperature not in (0.0, 1.0),
+        "top_p": params.top_p != 1.0,
+        "top_k": params.top_k not in (0, -1),
+        "min_p": params.min_p != 0.0,
+        "repetition_penalty": params.has_penalties,
+        "logit_bias": bool(params.logit_bias),
+        "allowed_token_ids": params.allowed_token_ids is not None,
+        "min_tokens": params.min_tokens != 0,
+        "stop": bool(params.stop_strings),
+        "logprobs": params.logprobs is not None,
+    }
+    for name, is_given in shaped.items():
+        if is_given:
+            raise RequestError(f"{name} cannot be combined with use_beam_search", param=name)

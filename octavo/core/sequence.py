@@ -7,7 +7,11 @@ WAITING ──▶ RUNNING ──▶ FINISHED
 
 import enum
 import math
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import NamedTuple
 
+from octavo.core.plan import ScheduledTokens
 from octavo.core.request import FinishReason, Request
 
 
@@ -19,24 +23,47 @@ class SequenceStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+class Fork(NamedTuple):
+    """A sequence that begins with the same tokens as another one, and may share its blocks."""
+
+    parent: "Sequence"
+    num_tokens: int  # that both begin with
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """A preempted sequence's KV, kept in blocks of the host tier. Owned by the allocator."""
+
+    host_block_ids: list[int]
+    num_tokens: int
+
+
 class Sequence:
     """A request and what has been computed of it. Sole writer: the scheduler.
 
-    The scheduling rule needs two numbers only: `num_tokens` (known ids) and `num_computed_tokens`
-    (ids whose KV is in the cache, or will be after the steps in flight). Every step lets the second
-    catch up with the first; when it has, the step's logits yield one more token.
+    The scheduling rule needs two numbers only: `num_tokens` (known ids, and drafts) and
+    `num_computed_tokens` (ids whose KV is in the cache, or will be after the steps in flight).
+    Every step lets the second catch up with the first; when it has, the step's logits yield one
+    more token, and one for each draft that was right.
     """
 
     __slots__ = (
+        "arrival",
         "arrival_s",
+        "awaits_result",
         "block_ids",
         "block_keys",
         "deadline_s",
+        "draft_ids",
         "finish_reason",
+        "fork",
+        "is_beam",
+        "is_known",
         "max_num_tokens",
         "num_cached_tokens",
         "num_committed_tokens",
         "num_computed_tokens",
+        "num_logprobs",
         "num_named_blocks",
         "num_pending_tokens",
         "num_preemptions",
@@ -44,40 +71,51 @@ class Sequence:
         "request",
         "status",
         "stop_ids",
+        "swapped",
         "token_ids",
+        "valid_from_step",
     )
 
-    def __init__(self, request: Request, max_tokens: int, *, arrival_s: float):
+    def __init__(self, request: Request, max_tokens: int, *, arrival_s: float, arrival: int = 0):
         deadline_ms = request.options.deadline_ms
         self.request = request
+        self.arrival = arrival  # a number that grows from one to the next
         self.arrival_s = arrival_s
         self.deadline_s = math.inf if deadline_ms is None else arrival_s + deadline_ms / 1e3
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = self.num_prompt_tokens + max_tokens
         self.stop_ids = request.stop_ids
+        self.num_logprobs = request.sampling.logprobs
+        self.fork: Fork | None = None
+        self.is_beam = request.sampling.use_beam_search
+        self.draft_ids: SequenceOf[int] = ()  # guesses of what follows `token_ids`
         self.num_computed_tokens = 0
         self.num_committed_tokens = 0  # of the computed ones: their step's result was read
         self.num_pending_tokens = 0  # sampled in a step whose result was not read yet
+        self.awaits_result = False  # what follows is not known before that result is read
+        self.valid_from_step = 0  # tokens of earlier steps came of lost memory
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache at first admission
+        self.is_known = False  # the runner has it as it is here
         # Written by the allocator alone: the block table, the names of its full blocks as far as
-        # they were needed, and how many blocks can be found by theirs.
+        # they were needed, how many blocks can be found by theirs, and what lies in host memory.
         self.block_ids: list[int] = []
         self.block_keys: list[bytes] = []
         self.num_named_blocks = 0
+        self.swapped: Swapped | None = None
         self.status = SequenceStatus.WAITING
         self.finish_reason: FinishReason | None = None
 
     @property
     def id(self) -> str:
-        """The request's id; one sequence a request."""
+        """The engine request's id; one sequence a request."""
         return self.request.request_id
 
     @property
     def num_tokens(self) -> int:
-        """Token ids of prompt and output that the runner knows: ours, and those on their way."""
-        return len(self.token_ids) + self.num_pending_tokens
+        """Token ids that the runner knows, ours and those on their way to us, and drafts."""
+        return len(self.token_ids) + self.num_pending_tokens + len(self.draft_ids)
 
     @property
     def num_output_tokens(self) -> int:
@@ -87,25 +125,80 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         """What the scheduling rule wants to run. The very last token is never computed."""
-        num_tokens = min(self.num_tokens, self.max_num_tokens - 1)
-        return num_tokens - self.num_computed_tokens
+        if self.awaits_result:
+            return 0
+        return min(self.num_tokens, self.max_num_tokens - 1) - self.num_computed_tokens
 
     @property
     def is_prefilling(self) -> bool:
         """Whether prompt tokens, or after preemption known output tokens, are still to be run."""
-        return self.num_uncomputed_tokens > 1 or self.num_computed_tokens < self.num_prompt_tokens
+        num_uncomputed = self.num_uncomputed_tokens - len(self.draft_ids)
+        return num_uncomputed > 1 or self.num_computed_tokens < self.num_prompt_tokens
 
-    def commit(self, num_tokens: int) -> int:
+    @property
+    def goes_first(self) -> bool:
+        """Whether it goes before those who never ran: pushed out, or forked from one that ran."""
+        return self.num_preemptions > 0 or self.fork is not None
+
+    def run(self, num_tokens: int) -> bool:
+        """A step computes so many more tokens; return whether it yields a new one.
+
+        Drafts that the step leaves out are given up: the next result brings better ones.
+        """
+        self.num_computed_tokens += num_tokens
+        num_drafts = self.num_computed_tokens - len(self.token_ids) - self.num_pending_tokens
+        self.draft_ids = self.draft_ids[: max(0, num_drafts)]
+        if num_drafts < 0:
+            return False
+        if self.draft_ids or self.is_beam:
+            self.awaits_result = True
+        else:
+            self.num_pending_tokens += 1
+        return True
+
+    def guess(self, draft_ids: SequenceOf[int]) -> None:
+        """Take guesses of what follows, as far as they could ever be computed.
+
+        They come too late where a step is in flight that was planned without them.
+        """
+        if not self.num_pending_tokens and self.num_computed_tokens:
+            self.draft_ids = draft_ids[: self.max_num_tokens - 1 - len(self.token_ids)]
+
+    def lose_memory(self) -> None:
+        """No KV is left: everything is computed again when there is room."""
+        self.num_computed_tokens = self.num_committed_tokens = 0
+        self.draft_ids = ()
+        self.is_known = False
+
+    def commit(self, share: ScheduledTokens) -> int:
         """A step's tokens are now surely in the cache; return how many were of the prompt."""
         prompt_left = max(0, self.num_prompt_tokens - self.num_committed_tokens)
-        self.num_committed_tokens += num_tokens
-        return min(prompt_left, num_tokens)
+        num_sure = share.num_tokens - len(share.draft_ids)
+        self.num_committed_tokens += num_sure
+        return min(prompt_left, num_sure)
 
-    def append(self, token_id: int) -> FinishReason | None:
-        """Take one sampled token; return why the sequence is over, or None."""
-        self.num_pending_tokens -= 1
-        self.token_ids.append(token_id)
-        if token_id in self.stop_ids and self.num_output_tokens >= self.request.sampling.min_tokens:
+    def extend(self, token_ids: SequenceOf[int], num_drafts: int) -> FinishReason | None:
+        """Take the tokens of a step that checked so many drafts; return why it is over, or None.
+
+        Tokens after the end are dropped. Of what was computed for drafts, only those that were
+        right stay.
+        """
+        if not num_drafts:
+            self.num_pending_tokens -= 1
+        for token_id in token_ids:
+            self.token_ids.append(token_id)
+            if reason := self._why_over():
+                return reason
+        if num_drafts:
+            self.draft_ids = ()
+            self.awaits_result = False
+            if self.num_computed_tokens:  # it may have been pushed out in the meantime
+                self.num_computed_tokens = self.num_committed_tokens = len(self.token_ids) - 1
+        return None
+
+    def _why_over(self) -> FinishReason | None:
+        enough = self.num_output_tokens >= self.request.sampling.min_tokens
+        if enough and self.token_ids[-1] in self.stop_ids:
             return FinishReason.STOP
         if len(self.token_ids) >= self.max_num_tokens:
             return FinishReason.LENGTH

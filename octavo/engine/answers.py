@@ -23,14 +23,15 @@ from octavo.text import IncrementalDetokenizer, StopStrings, Tokenizer
 
 
 def fan_out(request: Request) -> Iterator[Request]:
-    """The `n` engine requests behind one user request; each has an id and a seed of its own.
+    """The engine requests behind one user request; each has an id and a seed of its own.
 
+    The first `n` are the answers; a beam search has one for each beam, the best answers first.
     Answer 0 uses the user's seed, so that `n` does not change it. Where the user gave none, one is
     drawn here, so that a request that is computed again after preemption draws the same tokens.
     """
     sampling = request.sampling
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-    for index in range(sampling.n):
+    for index in range(sampling.num_sequences):
         yield msgspec.structs.replace(
             request,
             request_id=f"{request.request_id}#{index}",

@@ -152,7 +152,7 @@ class AsyncEngine:
             vocab_size=self.model.vocab_size,
             max_model_len=self.model.max_model_len,
         )
-        self._check_room(sampling.n)
+        self._check_room(sampling.num_sequences)
         stream = _Stream()
         template = Request(
             request_id=request_id,
@@ -163,7 +163,7 @@ class AsyncEngine:
             options=options,
         )
         requests = list(fan_out(template))
-        for index, request in enumerate(requests):
+        for index, request in enumerate(requests[: sampling.n]):
             stream.open[request.request_id] = Answer(index, request, self._tokenizer)
             self._streams[request.request_id] = stream
         self._send(AddRequests(requests))

@@ -1,7 +1,7 @@
 """From options to a running engine core: the one place that puts all parts together."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,18 +18,29 @@ from octavo.config import (
 )
 from octavo.core import Clock, SystemClock
 from octavo.engine.core import EngineCore
-from octavo.kvcache import PagedAllocator, PrefixAllocator
+from octavo.engine.kv_tiers import open_disk
+from octavo.engine.memory_report import MemoryMeter, MemoryReport
+from octavo.kvcache import Allocator, TieredAllocator, create_allocator
 from octavo.layers import Build, KernelReport, finish_layers, kv_specs
 from octavo.models import Model, create_model
-from octavo.runner import ModelRunner, allocate_kv_caches, device_facts, measure_kv_cache_bytes
+from octavo.runner import (
+    DiskFile,
+    KVStorage,
+    ModelRunner,
+    allocate_kv_caches,
+    device_facts,
+    measure_kv_cache_bytes,
+)
 from octavo.scheduler import (
     Blocks,
     Constraint,
+    Preemption,
     PrefillSpeed,
     QueueBounds,
     Scheduler,
     SequenceSlots,
     TokenBudget,
+    TransferSpeed,
     create_batching,
     create_queue,
 )
@@ -47,6 +58,13 @@ class BuiltEngine:
     config: ResolvedConfig
     num_blocks: int
     kernels: tuple[KernelReport, ...]
+    memory: MemoryReport
+    storage: KVStorage
+
+    def close(self) -> None:
+        """End the engine's thread and give its KV file back. Nothing can be asked of it then."""
+        self.core.close()
+        self.storage.close()
 
 
 def build_engine(
@@ -71,25 +89,38 @@ def build_engine(
     with phase("read config"):
         checkpoint = locate(options.model)
         model_config = ModelConfig.from_checkpoint(checkpoint)
-        config = resolve(options, model_config, device_facts(options.device.device))
+        facts = device_facts(options.device.device)
+        config = resolve(options, model_config, facts)
+        memory = MemoryMeter(config, facts)
     torch.set_num_threads(config.num_threads)
     with phase("load weights"):
         model = load_model(checkpoint, config)
     with phase("lay out weights for kernels"):
         kernels = finish_layers(model)
+        memory.weights_are_laid_out(model)
     with phase("allocate KV cache"):
         if config.kv_cache_bytes is None:
             config = with_kv_cache_bytes(config, measure_kv_cache_bytes(model, config))
+            memory.step_was_profiled()
         num_blocks = (config.kv_cache_bytes or 0) // config.kv_block_bytes
-        runner = create_runner(model, config, num_blocks)
-    scheduler = create_scheduler(config, num_blocks)
+        disk = open_disk(checkpoint, config)
+        storage = create_storage(model, config, num_blocks, disk)
+        runner = create_runner(model, config, storage)
+    scheduler = create_scheduler(
+        config,
+        num_blocks,
+        disk_keys=disk.keys() if disk is not None else None,
+        copy_block_s=storage.measure_copy_s(),
+    )
     core = EngineCore(
         scheduler,
         runner,
         asynchronous=config.async_scheduling,
         check_integrity=check_integrity,
     )
-    return BuiltEngine(core, checkpoint, config, num_blocks, kernels)
+    return BuiltEngine(
+        core, checkpoint, config, num_blocks, kernels, memory.report(runner), storage
+    )
 
 
 def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
@@ -105,8 +136,10 @@ def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
     return model
 
 
-def create_runner(model: Model, config: ResolvedConfig, num_blocks: int) -> ModelRunner:
-    """The executor of a model, with KV storage of its own."""
+def create_storage(
+    model: Model, config: ResolvedConfig, num_blocks: int, disk: DiskFile | None = None
+) -> KVStorage:
+    """The KV memory of a model, on its device and below."""
     kv_caches = allocate_kv_caches(
         kv_specs(model),
         num_blocks=num_blocks,
@@ -114,9 +147,14 @@ def create_runner(model: Model, config: ResolvedConfig, num_blocks: int) -> Mode
         dtype=getattr(torch, config.dtype),
         device=config.device,
     )
+    return KVStorage(kv_caches, num_host_blocks=config.num_host_blocks, disk=disk)
+
+
+def create_runner(model: Model, config: ResolvedConfig, storage: KVStorage) -> ModelRunner:
+    """The executor of a model."""
     return ModelRunner(
         model,
-        kv_caches,
+        storage,
         block_size=config.block_size,
         device=config.device,
         num_threads=config.num_threads,
@@ -124,12 +162,34 @@ def create_runner(model: Model, config: ResolvedConfig, num_blocks: int) -> Mode
 
 
 def create_scheduler(
-    config: ResolvedConfig, num_blocks: int, *, clock: Clock | None = None
+    config: ResolvedConfig,
+    num_blocks: int,
+    *,
+    clock: Clock | None = None,
+    disk_keys: Mapping[int, bytes] | None = None,
+    copy_block_s: float | None = None,
 ) -> Scheduler:
-    """The scheduler with the constraints that every engine has."""
+    """The scheduler with the constraints that every engine has.
+
+    disk_keys: what lies on disk already; copy_block_s: seconds that moving a KV block takes.
+    """
     clock = clock or SystemClock()
-    kind = PrefixAllocator if config.enable_prefix_caching else PagedAllocator
-    allocator = kind(num_blocks, config.block_size)
+    allocator: Allocator
+    if config.num_host_blocks:
+        allocator = TieredAllocator(
+            num_blocks,
+            config.block_size,
+            num_host_blocks=config.num_host_blocks,
+            num_disk_blocks=config.num_disk_blocks,
+            disk_keys=disk_keys,
+        )
+    else:
+        allocator = create_allocator(
+            config.kv_allocator + ("+prefix" if config.enable_prefix_caching else ""),
+            num_blocks,
+            config.block_size,
+            max_model_len=config.max_model_len,
+        )
     constraints: list[Constraint] = [
         TokenBudget(config.max_num_batched_tokens),
         SequenceSlots(config.max_num_seqs),
@@ -147,6 +207,9 @@ def create_scheduler(
             # Those that could be admitted at once do not really wait.
             max_num_reqs=config.max_num_seqs + config.max_num_queued_reqs,
             max_num_tokens=config.max_num_queued_tokens,
+        ),
+        preemption=Preemption(
+            config.preemption_mode, transfers=TransferSpeed(copy_block_s), prefills=speed
         ),
         clock=clock,
     )

@@ -39,9 +39,12 @@ class EngineCore:
         self._launcher = launcher if asynchronous else None
         self._ahead: tuple[StepPlan, Future[StepResult]] | None = None
 
-    def add(self, request: Request) -> None:
-        """Queue a request; raises `RequestError` or `OverloadedError` where it cannot be taken."""
-        self._scheduler.add(request)
+    def add(self, *requests: Request) -> None:
+        """Queue a request, or all the answers to one prompt, which is then computed once.
+
+        Raises `RequestError` or `OverloadedError` where they cannot be taken; none is then.
+        """
+        self._scheduler.add(*requests)
 
     def abort(self, request_ids: list[str]) -> list[RequestEvent]:
         """End requests; each one still alive gets its terminal event, the others none."""
@@ -80,6 +83,11 @@ class EngineCore:
         except Exception as error:
             return self._fail(plan, error)
         return self._succeed(events)
+
+    def close(self) -> None:
+        """Wait for a step in flight, and end the thread that ran it."""
+        if self._launcher is not None:
+            self._launcher.shutdown()
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now."""

@@ -50,6 +50,10 @@ class LLM:
         self._tokenizer = load_tokenizer(self._engine.checkpoint)
         self._ids = itertools.count()
 
+    def close(self) -> None:
+        """End the engine: its thread, and its hold on a KV file. Memory goes with the object."""
+        self._engine.close()
+
     @property
     def engine(self) -> BuiltEngine:
         """The engine core, its resolved configuration and the kernels that layers got."""
@@ -186,8 +190,9 @@ class _Batch:
             eos_token_ids=self._engine.config.model.eos_token_ids,
             options=prompt.options,
         )
-        for index, request in enumerate(fan_out(template)):
-            self._engine.core.add(request)
+        requests = list(fan_out(template))
+        self._engine.core.add(*requests)
+        for index, request in enumerate(requests[: sampling.n]):
             answer = Answer(index, request, self._tokenizer)
             self.open[request.request_id] = request_id, answer
 
@@ -195,6 +200,8 @@ class _Batch:
         """Run one step of the engine; return (the user's request id, what is new) for each."""
         deltas, stopped = [], []
         for event in self._engine.core.step():
+            if event.request_id not in self.open:
+                continue  # a beam that is none of the best
             request_id, answer = self.open[event.request_id]
             delta = answer.update(event)
             if delta.finish_reason is not None:

@@ -6,7 +6,7 @@ from octavo.core import EngineStats, Request, RequestEvent
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):
-    """Queue these requests."""
+    """Queue the answers to one prompt."""
 
     requests: list[Request]
 
@@ -49,7 +49,7 @@ class News(msgspec.Struct, frozen=True, tag=True):
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """A request was not taken; it has no events. `kind` is the name of the exception."""
+    """A request was not taken, nor were its siblings; `kind` is the name of the exception."""
 
     request_id: str
     kind: str

@@ -39,6 +39,7 @@ logger = logging.getLogger("octavo.engine")
 def main() -> None:
     """Entry point: build the engine, serve until the front end goes away."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("octavo.engine.memory_report").setLevel(logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
     options = msgspec.json.decode(sys.stdin.readline(), type=EngineOptions)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
@@ -98,11 +99,10 @@ def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> list[RequestEvent
         wait_ms = 0
         match decode_to_engine(socket.recv()):
             case AddRequests(requests):
-                for request in requests:
-                    try:
-                        core.add(request)
-                    except (RequestError, OverloadedError) as error:
-                        socket.send(encode(_refusal(request.request_id, error)))
+                try:
+                    core.add(*requests)
+                except (RequestError, OverloadedError) as error:
+                    socket.send(encode(_refusal(requests[0].request_id, error)))
             case AbortRequests(request_ids):
                 events += core.abort(request_ids)
             case Explain(request_id):

@@ -2,5 +2,21 @@
 
 from octavo.kvcache.allocator import Allocator, PagedAllocator, PrefixAllocator
 from octavo.kvcache.block_pool import BlockPool
+from octavo.kvcache.contiguous import BuddyAllocator, ContiguousAllocator
+from octavo.kvcache.registry import ALLOCATORS, create_allocator
+from octavo.kvcache.tiers import TieredAllocator
+from octavo.kvcache.usage import MemoryUse, measure_memory
 
-__all__ = ["Allocator", "BlockPool", "PagedAllocator", "PrefixAllocator"]
+__all__ = [
+    "ALLOCATORS",
+    "Allocator",
+    "BlockPool",
+    "BuddyAllocator",
+    "ContiguousAllocator",
+    "MemoryUse",
+    "PagedAllocator",
+    "PrefixAllocator",
+    "TieredAllocator",
+    "create_allocator",
+    "measure_memory",
+]

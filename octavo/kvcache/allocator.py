@@ -6,16 +6,24 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from octavo.core import Sequence
+from octavo.core import Sequence, Tier, Transfer
 from octavo.kvcache.block_pool import BlockPool
 from octavo.kvcache.prefix import block_key, chain_root
 
 
 class Allocator(Protocol):
-    """Gives KV memory to sequences. The only writer of `Sequence.block_ids` and `.block_keys`."""
+    """Gives KV memory to sequences. The only writer of a sequence's block table, keys and swap."""
 
     block_size: int
     num_blocks: int
+    grows: bool  # whether a running sequence may ask for further blocks
+
+    def num_blocks_for(self, num_tokens: int) -> int:
+        """Blocks that a sequence is given which may come to hold the KV of `num_tokens` tokens.
+
+        More than `num_blocks` where that could never be had, even alone.
+        """
+        ...
 
     @property
     def num_free_blocks(self) -> int:
@@ -23,23 +31,54 @@ class Allocator(Protocol):
         ...
 
     def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        """Blocks to add so that the sequence can hold `num_tokens` tokens."""
+        """Free blocks that it takes to let the sequence write up to `num_tokens` tokens."""
+        ...
+
+    def num_stranded_blocks(self, sequence: Sequence) -> int:
+        """Free blocks that this waiting sequence cannot use: external fragmentation."""
         ...
 
     def start(self, sequence: Sequence) -> int:
-        """Begin a block table; return how many leading tokens already have their KV in it."""
+        """Begin a block table; return how many leading tokens need not be computed."""
         ...
 
-    def extend(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        """Make room for `num_tokens` tokens in all; return the blocks added, in order."""
+    def stop(self, sequence: Sequence) -> None:
+        """Undo `start`: the sequence waits on."""
+        ...
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> int:
+        """Make room to write up to `num_tokens` tokens; return the first table entry changed."""
+        ...
+
+    def refork(self, sequence: Sequence, parent_block_ids: list[int]) -> bool:
+        """Forget its own past and go on from another's table, all of whose tokens are its own now.
+
+        False, and no blocks, where that table is empty or blocks cannot be shared.
+        """
         ...
 
     def computed(self, sequence: Sequence) -> None:
         """KV of the sequence's first `num_committed_tokens` tokens is now in its blocks."""
         ...
 
+    def swap_out(self, sequence: Sequence) -> bool:
+        """Give the blocks back and keep their content in host memory, if there is room for it."""
+        ...
+
     def free(self, sequence: Sequence) -> None:
         """Give everything back."""
+        ...
+
+    def discredit(self, sequence: Sequence) -> None:
+        """What the sequence computed is wrong: nobody must find it."""
+        ...
+
+    def take_transfers(self) -> tuple[Transfer, ...]:
+        """Copies that must be made before the next step, in order; each is told once."""
+        ...
+
+    def lose(self, transfers: Iterable[Transfer]) -> None:
+        """These copies may not have been made: what they should have kept is not there."""
         ...
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
@@ -50,43 +89,109 @@ class Allocator(Protocol):
 class PagedAllocator:
     """PagedAttention's allocator: blocks on demand, anywhere (arXiv 2309.06180, section 4).
 
-    At most `block_size - 1` slots of a sequence are ever reserved and unused.
+    At most `block_size - 1` slots of a sequence are ever reserved and unused. A sequence that was
+    forked shares its parent's blocks; whoever first writes to a shared block gets a copy of it.
     """
+
+    grows = True
 
     def __init__(self, num_blocks: int, block_size: int = 16):
         self.block_size = block_size
         self.num_blocks = num_blocks
         self._pool = BlockPool(num_blocks)
+        self._transfers: list[Transfer] = []
 
     @property
     def num_free_blocks(self) -> int:
         return self._pool.num_free
 
-    def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
-        return max(0, -(-num_tokens // self.block_size) - len(sequence.block_ids))
+    def num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
 
-    def start(self, sequence: Sequence) -> int:
-        """An empty table: no KV is there before it is computed."""
-        sequence.block_ids = []
+    def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
+        missing = -(-num_tokens // self.block_size) - len(sequence.block_ids)
+        return max(0, missing) + self._must_copy(sequence)
+
+    def num_stranded_blocks(self, sequence: Sequence) -> int:
+        """None: any free block will do."""
         return 0
 
-    def extend(self, sequence: Sequence, num_tokens: int) -> list[int]:
-        missing = self.num_missing_blocks(sequence, num_tokens)
-        if missing == 0:
-            return []
-        added = self._pool.take(missing)
-        sequence.block_ids.extend(added)
-        return added
+    def start(self, sequence: Sequence) -> int:
+        """A table of the blocks shared with the sequence that it was forked from, if it has any.
+
+        At least the last token is computed, for its logits are needed.
+        """
+        sequence.block_ids = []
+        if sequence.fork is None:
+            return 0
+        parent, num_common = sequence.fork
+        num_tokens = min(num_common, parent.num_committed_tokens, len(sequence.token_ids) - 1)
+        if not parent.block_ids or num_tokens <= 0:
+            return 0
+        self._share(sequence, parent.block_ids[: -(-num_tokens // self.block_size)])
+        return num_tokens
+
+    def stop(self, sequence: Sequence) -> None:
+        self._pool.give_back(reversed(sequence.block_ids))
+        sequence.block_ids = []
+
+    def refork(self, sequence: Sequence, parent_block_ids: list[int]) -> bool:
+        before = sequence.block_ids
+        self._share(sequence, parent_block_ids)
+        self._pool.give_back(reversed(before))
+        return bool(parent_block_ids)
+
+    def extend(self, sequence: Sequence, num_tokens: int) -> int:
+        first = len(sequence.block_ids)
+        if missing := self.num_missing_blocks(sequence, num_tokens):
+            copies = self._must_copy(sequence)
+            added = self._pool.take(missing)
+            if copies:
+                first = sequence.num_computed_tokens // self.block_size
+                self._copy(sequence, first, added.pop())
+            sequence.block_ids.extend(added)
+        return first
 
     def computed(self, sequence: Sequence) -> None:
         """Nothing to note: nobody looks for contents."""
 
+    def swap_out(self, sequence: Sequence) -> bool:
+        """There is no other memory."""
+        return False
+
     def free(self, sequence: Sequence) -> None:
-        self._pool.give_back(reversed(sequence.block_ids))
-        sequence.block_ids = []
+        self.stop(sequence)
+
+    def discredit(self, sequence: Sequence) -> None:
+        """Nothing can be found."""
+
+    def take_transfers(self) -> tuple[Transfer, ...]:
+        transfers = tuple(self._transfers)
+        self._transfers.clear()
+        return transfers
+
+    def lose(self, transfers: Iterable[Transfer]) -> None:
+        """Nothing is kept outside of the blocks that sequences hold."""
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         self._pool.check_integrity([sequence.block_ids for sequence in live])
+
+    def _share(self, sequence: Sequence, block_ids: list[int]) -> None:
+        for block_id in block_ids:
+            self._pool.share(block_id)
+        sequence.block_ids = list(block_ids)
+
+    def _must_copy(self, sequence: Sequence) -> bool:
+        """Whether the block that the sequence writes to next is not its alone."""
+        index = sequence.num_computed_tokens // self.block_size
+        table = sequence.block_ids
+        return index < len(table) and self._pool.is_read_by_others(table[index])
+
+    def _copy(self, sequence: Sequence, index: int, target: int) -> None:
+        source = sequence.block_ids[index]
+        self._transfers.append(Transfer(Tier.DEVICE, source, Tier.DEVICE, target))
+        sequence.block_ids[index] = target
+        self._pool.give_back([source])
 
 
 class PrefixAllocator(PagedAllocator):
@@ -94,7 +199,7 @@ class PrefixAllocator(PagedAllocator):
 
     A sequence starts with the longest chain of blocks that some sequence, alive or gone, has
     computed for the same beginning. Lookup, reuse and eviction are O(1) a block. Only full blocks
-    are shared, and a full block is never written again, so sharing needs no copy.
+    are found, and a full block is never written again, so finding needs no copy.
     """
 
     @property
@@ -103,10 +208,12 @@ class PrefixAllocator(PagedAllocator):
         return self._pool.num_cached
 
     def start(self, sequence: Sequence) -> int:
-        """A table of the blocks found. The last token is always computed: its logits are needed."""
-        sequence.block_ids = []
-        num_findable = (len(sequence.token_ids) - 1) // self.block_size
-        for index in range(num_findable):
+        """A table of the blocks shared or found. The last token is always computed."""
+        num_shared = super().start(sequence)
+        if num_shared:
+            sequence.num_named_blocks = num_shared // self.block_size
+            return num_shared
+        for index in range(self._num_findable(sequence)):
             block_id = self._pool.find(self._key(sequence, index))
             if block_id is None:
                 break
@@ -114,6 +221,11 @@ class PrefixAllocator(PagedAllocator):
             sequence.block_ids.append(block_id)
         sequence.num_named_blocks = len(sequence.block_ids)
         return len(sequence.block_ids) * self.block_size
+
+    def refork(self, sequence: Sequence, parent_block_ids: list[int]) -> bool:
+        sequence.block_keys = []
+        sequence.num_named_blocks = 0  # naming a block again does nothing
+        return super().refork(sequence, parent_block_ids)
 
     def computed(self, sequence: Sequence) -> None:
         """Let the blocks that have just become full be found."""
@@ -123,9 +235,17 @@ class PrefixAllocator(PagedAllocator):
             self._pool.name(sequence.block_ids[index], self._key(sequence, index))
             sequence.num_named_blocks += 1
 
+    def discredit(self, sequence: Sequence) -> None:
+        """Forget what it named, and with it what it found: which of them is bad nobody knows."""
+        for block_id in sequence.block_ids:
+            self._pool.forget(block_id)
+
     def forget_all(self) -> None:
         """Empty the prefix cache; what running sequences hold stays theirs."""
         self._pool.forget_all()
+
+    def _num_findable(self, sequence: Sequence) -> int:
+        return (len(sequence.token_ids) - 1) // self.block_size
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
         """The key of a sequence's full block; keys are computed once and kept."""

@@ -3,7 +3,7 @@
 Pure Python; knows no tensors, no sequences and no policy but "least recently used goes first".
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from octavo.errors import IntegrityError
 
@@ -64,10 +64,18 @@ class BlockPool:
     is given out for something else, so that whoever needs the same content can have it back. Free
     blocks without a key go out first, the one freed last before the others, because its memory is
     warm; then those with a key, least recently used first.
+
+    on_evict: called with a block and its key before the block is given out for something else.
     """
 
-    def __init__(self, num_blocks: int):
+    def __init__(
+        self,
+        num_blocks: int,
+        *,
+        on_evict: Callable[[int, bytes], None] = lambda block_id, key: None,
+    ):
         self.num_blocks = num_blocks
+        self._on_evict = on_evict
         self._free = FreeQueue(num_blocks)
         self._num_holders = [0] * num_blocks
         self._key_of: list[bytes | None] = [None] * num_blocks
@@ -95,14 +103,24 @@ class BlockPool:
         taken = [self._free.pop() for _ in range(count)]
         for block_id in taken:
             self._num_holders[block_id] = 1
-            if self._key_of[block_id] is not None:
-                self._forget(block_id)
+            key = self._key_of[block_id]
+            if key is not None:
+                self.forget(block_id)
                 self.num_evictions += 1
+                self._on_evict(block_id, key)
         return taken
 
     def find(self, key: bytes) -> int | None:
         """The block that holds this content, or None."""
         return self._block_of.get(key)
+
+    def key_of(self, block_id: int) -> bytes | None:
+        """What the block holds, as far as that can be found."""
+        return self._key_of[block_id]
+
+    def is_read_by_others(self, block_id: int) -> bool:
+        """Whether a holder that wrote to the block would spoil it for somebody else."""
+        return self._num_holders[block_id] > 1 or self._key_of[block_id] is not None
 
     def share(self, block_id: int) -> None:
         """One more holder of a block, which may have been free."""
@@ -138,9 +156,10 @@ class BlockPool:
     def forget_all(self) -> None:
         """Drop every key: no content can be found any more."""
         for block_id in list(self._block_of.values()):
-            self._forget(block_id)
+            self.forget(block_id)
 
-    def _forget(self, block_id: int) -> None:
+    def forget(self, block_id: int) -> None:
+        """The block's content cannot be found any more; whoever holds it goes on doing so."""
         key, self._key_of[block_id] = self._key_of[block_id], None
         if key is not None:
             del self._block_of[key]

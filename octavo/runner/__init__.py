@@ -1,10 +1,14 @@
 """Runs plans on a device: rows, inputs, KV storage, sampling. Knows no HTTP and no text."""
 
 from octavo.runner.device import device_facts, usable_cores
+from octavo.runner.disk_file import DiskFile
+from octavo.runner.kv_storage import KVStorage, allocate_kv_caches
 from octavo.runner.memory import measure_kv_cache_bytes
-from octavo.runner.model_runner import ModelRunner, allocate_kv_caches
+from octavo.runner.model_runner import ModelRunner
 
 __all__ = [
+    "DiskFile",
+    "KVStorage",
     "ModelRunner",
     "allocate_kv_caches",
     "device_facts",

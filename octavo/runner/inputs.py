@@ -19,7 +19,7 @@ class StepInputs:
     slots: Tensor  # [T] int64
     attention: AttentionBatch
     sample_index: Tensor  # [S] int64: the tokens whose hidden states yield logits
-    sample_rows: list[Row]  # the S rows they belong to
+    sample_rows: list[Row]  # the S rows they belong to; a draft's has the drafts before it
 
 
 def prepare_inputs(
@@ -34,7 +34,7 @@ def prepare_inputs(
     sample_rows: list[Row] = []
     for share, row in zip(shares, rows, strict=True):
         start, stop = row.num_computed_tokens, row.num_computed_tokens + share.num_tokens
-        token_ids += row.token_ids[start:stop]
+        token_ids += [*row.token_ids[start:], *share.draft_ids][: share.num_tokens]
         positions += range(start, stop)
         slots += [
             row.block_ids[position // block_size] * block_size + position % block_size
@@ -42,8 +42,10 @@ def prepare_inputs(
         ]
         query_starts.append(len(token_ids))
         if share.samples:
-            sample_index.append(len(token_ids) - 1)
+            num_drafts = len(share.draft_ids)
+            sample_index += range(len(token_ids) - 1 - num_drafts, len(token_ids))
             sample_rows.append(row)
+            sample_rows += [row.with_tokens(share.draft_ids[: i + 1]) for i in range(num_drafts)]
     context_lens = [
         row.num_computed_tokens + share.num_tokens for share, row in zip(shares, rows, strict=True)
     ]

@@ -7,7 +7,8 @@ from octavo.core import NewSequence, SamplingParams, ScheduledTokens, StepPlan
 from octavo.errors import ConfigError
 from octavo.layers import kv_specs
 from octavo.models import Model
-from octavo.runner.model_runner import ModelRunner, allocate_kv_caches
+from octavo.runner.kv_storage import KVStorage, allocate_kv_caches
+from octavo.runner.model_runner import ModelRunner
 
 MIB = 2**20
 
@@ -64,6 +65,8 @@ def _run_full_step(model: Model, config: ResolvedConfig) -> None:
         )
         for name in names
     )
-    shares = tuple(ScheduledTokens(name, num_tokens, (), True) for name in names)
-    runner = ModelRunner(model, caches, block_size=config.block_size, device=config.device)
+    shares = tuple(ScheduledTokens(name, num_tokens, num_blocks, (), True) for name in names)
+    runner = ModelRunner(
+        model, KVStorage(caches), block_size=config.block_size, device=config.device
+    )
     runner.execute(StepPlan(0, new, shares, ()))

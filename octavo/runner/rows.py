@@ -1,5 +1,8 @@
 """What the runner keeps of each sequence between steps. Sole writer: the model runner."""
 
+import copy
+from collections.abc import Sequence
+
 from octavo.core import NewSequence
 
 
@@ -10,6 +13,7 @@ class Row:
         "block_ids",
         "min_num_tokens",
         "num_computed_tokens",
+        "num_logprobs",
         "num_prompt_tokens",
         "sampling",
         "seed",
@@ -27,4 +31,11 @@ class Row:
         self.sampling = new.sampling
         self.seed = new.seed
         self.stop_ids = new.stop_ids
+        self.num_logprobs = new.num_logprobs
         self.min_num_tokens = new.num_prompt_tokens + new.sampling.min_tokens
+
+    def with_tokens(self, token_ids: Sequence[int]) -> "Row":
+        """The same sequence as if these were its next tokens."""
+        row = copy.copy(self)
+        row.token_ids = [*self.token_ids, *token_ids]
+        return row

@@ -4,24 +4,30 @@ Knows rows and tensors; no models. A step that no row asked for costs nothing.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.core import SampledToken, TokenLogprobs
+from octavo.core import TokenLogprobs
 from octavo.kernels import sampling
 from octavo.runner.rows import Row
 
 Rows = Sequence[Row]
 
 
-def sample(logits: Tensor, rows: Rows) -> list[SampledToken]:
-    """logits [S, V] fp32, one row for each of `rows` -> their next tokens, in the same order.
+class Draw(NamedTuple):
+    """A row's next token. Where its logits were not finite, the token means nothing."""
 
-    A row whose logits are not finite gets an error instead of a token; the others are unaffected.
-    """
-    wants_logprobs = any(row.sampling.logprobs is not None for row in rows)
+    token_id: int
+    logprobs: TokenLogprobs | None
+    is_finite: bool
+
+
+def sample(logits: Tensor, rows: Rows) -> list[Draw]:
+    """logits [S, V] fp32, one row for each of `rows` -> their next tokens, in the same order."""
+    wants_logprobs = any(row.num_logprobs is not None for row in rows)
     raw = logits.clone() if wants_logprobs else logits
     for step in (add_biases_and_masks, add_penalties):
         step(logits, rows)
@@ -33,14 +39,7 @@ def sample(logits: Tensor, rows: Rows) -> list[SampledToken]:
         chosen = [rows[i] for i in drawing]
         token_ids[index] = draw_tokens(logits[index], chosen)
     logprobs = report_logprobs(raw, token_ids, rows) if wants_logprobs else [None] * len(rows)
-    return [
-        SampledToken(row.sequence_id, token_id, row_logprobs)
-        if is_finite
-        else SampledToken(row.sequence_id, -1, error="the model's output was not a finite number")
-        for row, token_id, is_finite, row_logprobs in zip(
-            rows, token_ids.tolist(), finite.tolist(), logprobs, strict=True
-        )
-    ]
+    return [Draw(*row) for row in zip(token_ids.tolist(), logprobs, finite.tolist(), strict=True)]
 
 
 def add_biases_and_masks(logits: Tensor, rows: Rows) -> None:
@@ -103,7 +102,7 @@ def draw_tokens(logits: Tensor, rows: Rows) -> Tensor:
 
 def report_logprobs(logits: Tensor, token_ids: Tensor, rows: Rows) -> list[TokenLogprobs | None]:
     """What the rows that asked for log-probabilities get, of the logits as the model gave them."""
-    num_top = max(row.sampling.logprobs or 0 for row in rows)
+    num_top = min(max(row.num_logprobs or 0 for row in rows), logits.shape[-1])
     chosen, rank, top_ids, top = (
         part.tolist() for part in sampling.token_logprobs(logits, token_ids, num_top)
     )
@@ -111,9 +110,9 @@ def report_logprobs(logits: Tensor, token_ids: Tensor, rows: Rows) -> list[Token
         TokenLogprobs(
             chosen[i],
             rank[i],
-            tuple(zip(top_ids[i], top[i], strict=True))[: row.sampling.logprobs],
+            tuple(zip(top_ids[i], top[i], strict=True))[: row.num_logprobs],
         )
-        if row.sampling.logprobs is not None
+        if row.num_logprobs is not None
         else None
         for i, row in enumerate(rows)
     ]

@@ -4,17 +4,20 @@ from octavo.scheduler.admission import PrefillSpeed, QueueBounds
 from octavo.scheduler.batching import BATCHINGS, Batching, create_batching
 from octavo.scheduler.constraints import Blocks, Constraint, SequenceSlots, TokenBudget
 from octavo.scheduler.decisions import DecisionLog, Phase, Story
+from octavo.scheduler.preemption import PREEMPTION_MODES, Preemption, TransferSpeed
 from octavo.scheduler.queues import POLICIES, QueuePolicy, create_queue
 from octavo.scheduler.scheduler import Scheduler
 
 __all__ = [
     "BATCHINGS",
     "POLICIES",
+    "PREEMPTION_MODES",
     "Batching",
     "Blocks",
     "Constraint",
     "DecisionLog",
     "Phase",
+    "Preemption",
     "PrefillSpeed",
     "QueueBounds",
     "QueuePolicy",
@@ -22,6 +25,7 @@ __all__ = [
     "SequenceSlots",
     "Story",
     "TokenBudget",
+    "TransferSpeed",
     "create_batching",
     "create_queue",
 ]

@@ -29,7 +29,7 @@ class PrefillSpeed:
 
 def check_capacity(allocator: Allocator, num_tokens: int) -> None:
     """Refuse what could never fit the pool, even alone; `CapacityError` has both numbers."""
-    needed = -(-num_tokens // allocator.block_size)
+    needed = allocator.num_blocks_for(num_tokens)
     if needed > allocator.num_blocks:
         raise CapacityError(
             f"the request needs {needed} KV blocks of {allocator.block_size} tokens, but the whole "
@@ -52,9 +52,14 @@ class QueueBounds:
         self._max_num_reqs = max_num_reqs
         self._max_num_tokens = max_num_tokens
 
-    def check(self, sequence: Sequence, *, num_queued: int, num_queued_tokens: int) -> None:
-        """Raise `OverloadedError` where the queue is full or the deadline cannot be met."""
-        if self._max_num_reqs is not None and num_queued >= self._max_num_reqs:
+    def check(
+        self, sequence: Sequence, *, num_queued: int, num_queued_tokens: int, num_new: int = 1
+    ) -> None:
+        """Raise `OverloadedError` where the queue is full or the deadline cannot be met.
+
+        `num_new` answers to the same prompt come at once; it is computed once for all of them.
+        """
+        if self._max_num_reqs is not None and num_queued + num_new > self._max_num_reqs:
             raise OverloadedError(
                 f"{num_queued} requests wait, and at most {self._max_num_reqs} may"
             )

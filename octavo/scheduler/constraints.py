@@ -6,6 +6,7 @@ nothing else. The name of the constraint that gave the smallest answer is the re
 waits.
 """
 
+from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
 from octavo.core import Sequence, SequenceStatus
@@ -18,8 +19,8 @@ class Constraint(Protocol):
     name: str
     preempts: bool  # a running sequence bound by this limit may push a younger one out
 
-    def begin_step(self, num_running: int) -> None:
-        """Forget what the last step used; so many sequences run as this one begins."""
+    def begin_step(self, running: SequenceOf[Sequence]) -> None:
+        """Forget what the last step used; these run as this one begins."""
         ...
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
@@ -34,9 +35,15 @@ class Constraint(Protocol):
         """A running sequence that was given nothing yet in this step was pushed out."""
         ...
 
-    def explain(self, sequence: Sequence) -> tuple[object, ...]:
-        """The numbers behind a refusal: a format string and what goes into it."""
+    def explain(self, sequence: Sequence) -> str:
+        """The numbers behind a refusal, in a few words. Only asked for when they are news."""
         ...
+
+
+def next_end(running: SequenceOf[Sequence]) -> str:
+    """When somebody will surely be done: no later than the shortest answer left can last."""
+    steps = min((s.max_num_tokens - len(s.token_ids) for s in running), default=0)
+    return f"next free in at most {steps} steps" if steps else "nobody runs"
 
 
 class TokenBudget:
@@ -52,7 +59,7 @@ class TokenBudget:
         self.max_num_batched_tokens = max_num_batched_tokens
         self._num_left = 0
 
-    def begin_step(self, num_running: int) -> None:
+    def begin_step(self, running: SequenceOf[Sequence]) -> None:
         self._num_left = self.max_num_batched_tokens
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
@@ -64,8 +71,8 @@ class TokenBudget:
     def release(self, sequence: Sequence) -> None:
         pass
 
-    def explain(self, sequence: Sequence) -> tuple[object, ...]:
-        return ("a step computes at most {} tokens", self.max_num_batched_tokens)
+    def explain(self, sequence: Sequence) -> str:
+        return f"a step computes at most {self.max_num_batched_tokens} tokens"
 
 
 class SequenceSlots:
@@ -76,10 +83,12 @@ class SequenceSlots:
 
     def __init__(self, max_num_seqs: int):
         self.max_num_seqs = max_num_seqs
+        self._running: SequenceOf[Sequence] = ()
         self._num_running = 0
 
-    def begin_step(self, num_running: int) -> None:
-        self._num_running = num_running
+    def begin_step(self, running: SequenceOf[Sequence]) -> None:
+        self._running = running
+        self._num_running = len(running)
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
         has_place = sequence.status is SequenceStatus.RUNNING
@@ -91,8 +100,8 @@ class SequenceSlots:
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
 
-    def explain(self, sequence: Sequence) -> tuple[object, ...]:
-        return ("all {} places are taken", self.max_num_seqs)
+    def explain(self, sequence: Sequence) -> str:
+        return f"all {self.max_num_seqs} places are taken; {next_end(self._running)}"
 
 
 class Blocks:
@@ -108,15 +117,21 @@ class Blocks:
 
     def __init__(self, allocator: Allocator):
         self._allocator = allocator
+        self._running: SequenceOf[Sequence] = ()
         self._num_running = 0
 
-    def begin_step(self, num_running: int) -> None:
-        self._num_running = num_running
+    def begin_step(self, running: SequenceOf[Sequence]) -> None:
+        self._running = running
+        self._num_running = len(running)
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
-        missing = self._allocator.num_missing_blocks(sequence, sequence.num_tokens)
-        reserve = self._num_running if sequence.status is SequenceStatus.WAITING else 0
-        return num_tokens if missing + reserve <= self._allocator.num_free_blocks else 0
+        if self._fits(sequence, sequence.num_tokens):
+            return num_tokens
+        num_drafts = len(sequence.draft_ids)
+        if num_drafts and self._fits(sequence, sequence.num_tokens - num_drafts):
+            # Guesses are worth nobody's place.
+            return min(num_tokens, sequence.num_uncomputed_tokens - num_drafts)
+        return 0
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
         self._num_running += sequence.status is SequenceStatus.WAITING
@@ -124,7 +139,16 @@ class Blocks:
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
 
-    def explain(self, sequence: Sequence) -> tuple[object, ...]:
+    def explain(self, sequence: Sequence) -> str:
         needed = self._allocator.num_missing_blocks(sequence, sequence.num_tokens)
         free = self._allocator.num_free_blocks
-        return ("needed {}, free {}, {} kept for running requests", needed, free, self._num_running)
+        return (
+            f"needed {needed}, free {free}, {self._num_running} kept for running requests; "
+            f"{next_end(self._running)}"
+        )
+
+    def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
+        missing = self._allocator.num_missing_blocks(sequence, num_tokens)
+        is_new = sequence.status is SequenceStatus.WAITING
+        reserve = self._num_running if is_new and self._allocator.grows else 0
+        return missing + reserve <= self._allocator.num_free_blocks

@@ -6,7 +6,7 @@ short however long the request runs. Stories of finished requests are kept in a 
 """
 
 from collections import Counter, OrderedDict
-from collections.abc import Sequence as SequenceOf
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from octavo.core import Clock
@@ -68,15 +68,12 @@ class DecisionLog:
         story = self._live[request_id] = Story(request_id, num_prompt_tokens)
         self._begin(story, "waiting", QUEUED, "")
 
-    def waits(self, request_id: str, reason: str, explain: SequenceOf[object]) -> None:
-        """The request was considered and got nothing; `explain` is a format and its numbers.
-
-        The text is only made when the reason is news.
-        """
+    def waits(self, request_id: str, reason: str, explain: Callable[[], str]) -> None:
+        """The request was considered and got nothing; `explain` is called when that is news."""
         story = self._live[request_id]
         last = story.phases[-1]
         if last.reason != reason:
-            self._begin(story, last.name, reason, str(explain[0]).format(*explain[1:]))
+            self._begin(story, last.name, reason, explain())
 
     def runs(self, request_id: str, num_cached_tokens: int) -> None:
         """The request is admitted."""
@@ -88,9 +85,9 @@ class DecisionLog:
         """A running request got fewer tokens than it asked for, perhaps none."""
         self._live[request_id].phases[-1].num_held_back += 1
 
-    def preempted(self, request_id: str, reason: str) -> None:
-        """A running request lost its place."""
-        self._begin(self._live[request_id], "preempted", reason, "computed again later")
+    def preempted(self, request_id: str, reason: str, outcome: str) -> None:
+        """A running request lost its place; `outcome` says what became of its KV."""
+        self._begin(self._live[request_id], "preempted", reason, outcome)
 
     def ends(self, request_id: str, reason: str) -> None:
         """The request is over; its story stays for a while."""

@@ -49,7 +49,7 @@ class QueuePolicy(Protocol):
 
 
 class FirstComeFirstServed:
-    """In order of arrival; the youngest gives way, and comes back before those who never ran."""
+    """In order of arrival; the youngest gives way, and comes back to its place in the order."""
 
     name = "fcfs"
 
@@ -57,10 +57,13 @@ class FirstComeFirstServed:
         self._queue: deque[Sequence] = deque()
 
     def add(self, sequence: Sequence) -> None:
-        if sequence.num_preemptions:
-            self._queue.appendleft(sequence)
-        else:
-            self._queue.append(sequence)
+        queue = self._queue
+        if not queue or queue[-1].arrival < sequence.arrival:
+            queue.append(sequence)
+            return
+        # Who comes back is older than those who never ran: its place is near the front.
+        index = next(i for i, other in enumerate(queue) if other.arrival > sequence.arrival)
+        queue.insert(index, sequence)
 
     def head(self) -> Sequence | None:
         return self._queue[0] if self._queue else None
@@ -178,7 +181,7 @@ class Fair:
     def add(self, sequence: Sequence) -> None:
         tenant = sequence.request.options.tenant
         queue = self._queues.setdefault(tenant, FirstComeFirstServed())
-        if not queue and not sequence.num_preemptions:
+        if not queue and not sequence.goes_first:
             active = [self._counters[t] for t, q in self._queues.items() if q]
             floor = min(active, default=self._counters.get(self._last_to_leave, 0.0))
             self._counters[tenant] = max(self._counters.get(tenant, 0.0), floor)

@@ -10,6 +10,7 @@ has it. What turns out to be over at commit may have run one token too many; tha
 and its blocks stay held until the last step that can write them is committed.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
@@ -19,14 +20,16 @@ from octavo.core import (
     Clock,
     EngineStats,
     FinishReason,
+    Fork,
     Request,
     RequestEvent,
-    SampledToken,
+    SampledTokens,
     Sequence,
     SequenceStatus,
     StepPlan,
     StepResult,
     SystemClock,
+    Tier,
     resolve_max_tokens,
 )
 from octavo.errors import IntegrityError, RequestError
@@ -35,8 +38,11 @@ from octavo.scheduler.admission import PrefillSpeed, QueueBounds, check_capacity
 from octavo.scheduler.batching import Batching, Chunked
 from octavo.scheduler.constraints import Constraint
 from octavo.scheduler.decisions import DecisionLog
+from octavo.scheduler.preemption import Preemption
 from octavo.scheduler.queues import FirstComeFirstServed, QueuePolicy
+from octavo.scheduler.siblings import BeamGroup, Siblings, Succession
 from octavo.scheduler.step import StepBuilder
+from octavo.scheduler.waiting import WaitingRoom
 
 
 @dataclass(slots=True)
@@ -63,6 +69,7 @@ class Scheduler:
         queue: QueuePolicy | None = None,
         batching: Batching | None = None,
         bounds: QueueBounds | None = None,
+        preemption: Preemption | None = None,
         clock: Clock | None = None,
     ):
         self.allocator = allocator
@@ -71,26 +78,49 @@ class Scheduler:
         self.decisions = DecisionLog(self._clock)
         self._constraints = tuple(constraints)
         # An empty queue is false, so `or` would not do.
-        self._waiting = FirstComeFirstServed() if queue is None else queue
+        self._waiting = WaitingRoom(FirstComeFirstServed() if queue is None else queue)
         self._batching = batching or Chunked()
         self._bounds = bounds or QueueBounds(PrefillSpeed())
+        self._preemption = preemption or Preemption(prefills=self._bounds.speed)
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
+        self._siblings: dict[str, Siblings] = {}
         self._in_flight: deque[_InFlight] = deque()
+        self._arrivals = itertools.count()
         self._dropped: list[str] = []  # the runner has not been told yet
-        self._num_queued_tokens = 0
         self._counts = {"steps": 0, "preemptions": 0, "prompt": 0, "output": 0}
         self._prefix = {"queries": 0, "hits": 0}
 
     # Requests come and go.
 
-    def add(self, request: Request) -> None:
-        """Queue a request.
+    def add(self, *requests: Request) -> None:
+        """Queue a request, or all the answers to one prompt: the others start from the first's KV.
 
         Raises:
             RequestError: it could never run: id in use, too long for the context or for the pool.
             OverloadedError: the queue is full, or the request could not be answered in time.
         """
+        sequences = [self._new_sequence(request) for request in requests]
+        first = sequences[0]
+        self._bounds.check(
+            first,
+            num_queued=len(self._waiting),
+            num_queued_tokens=self._waiting.num_queued_tokens,
+            num_new=len(sequences),
+        )
+        for sequence in sequences:
+            self._sequences[sequence.id] = sequence
+            self.decisions.arrives(sequence.id, sequence.num_prompt_tokens)
+        self._waiting.add(first)
+        if len(sequences) > 1 or first.is_beam:
+            group = BeamGroup(sequences) if first.is_beam else Siblings(sequences)
+            for sequence in sequences:
+                self._siblings[sequence.id] = group
+            for sequence in sequences[1:]:
+                self._waiting.hold(sequence)
+                self.decisions.waits(sequence.id, "prompt", lambda: f"{first.id} computes it")
+
+    def _new_sequence(self, request: Request) -> Sequence:
         if not request.prompt_token_ids:
             raise RequestError("the prompt is empty", param="prompt")
         if request.request_id in self._sequences:
@@ -101,16 +131,9 @@ class Scheduler:
         )
         # The last token generated is never computed, so it needs no slot.
         check_capacity(self.allocator, num_prompt_tokens + max_tokens - 1)
-        sequence = Sequence(request, max_tokens, arrival_s=self._clock.now())
-        self._bounds.check(
-            sequence,
-            num_queued=len(self._waiting),
-            num_queued_tokens=self._num_queued_tokens,
+        return Sequence(
+            request, max_tokens, arrival_s=self._clock.now(), arrival=next(self._arrivals)
         )
-        self._sequences[sequence.id] = sequence
-        self._waiting.add(sequence)
-        self._num_queued_tokens += num_prompt_tokens
-        self.decisions.arrives(sequence.id, num_prompt_tokens)
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestEvent]:
         """End these requests now; unknown ids are ignored, for they may just have finished."""
@@ -134,18 +157,29 @@ class Scheduler:
             self._waiting,
             allocator=self.allocator,
             constraints=self._constraints,
+            preemption=self._preemption,
             log=self.decisions,
         )
         self._batching.fill(step)
-        for sequence in step.preempted:
-            self._dropped.append(sequence.id)
-            self._num_queued_tokens += sequence.num_prompt_tokens
-        for new in step.new:
-            self._note_admitted(self._sequences[new.sequence_id])
+        nothing_runs = not (step.scheduled or any(f.plan.scheduled for f in self._in_flight))
+        if self._running and nothing_runs:
+            step.make_room()
+        for sequence in step.admitted:
+            if not sequence.goes_first:
+                self._prefix["queries"] += sequence.num_prompt_tokens
+                self._prefix["hits"] += sequence.num_cached_tokens
+            sequence.fork = None  # it has what it shares
+        self._counts["preemptions"] += len(step.preempted)
+        self._dropped += [sequence.id for sequence in step.preempted]
         dropped, self._dropped = tuple(self._dropped), []
         self._counts["steps"] += 1
-        self._counts["preemptions"] += len(step.preempted)
-        plan = StepPlan(self._counts["steps"], tuple(step.new), tuple(step.scheduled), dropped)
+        plan = StepPlan(
+            self._counts["steps"],
+            tuple(step.new),
+            tuple(step.scheduled),
+            dropped,
+            self.allocator.take_transfers(),
+        )
         sequences = [self._sequences[share.sequence_id] for share in plan.scheduled]
         shares = [(sequence, sequence.num_preemptions) for sequence in sequences]
         self._in_flight.append(_InFlight(plan, shares, self._clock.now()))
@@ -153,20 +187,24 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestEvent]:
         """Book what the runner did; return the news. Plans are committed in order."""
-        sampled = {token.sequence_id: token for token in result.sampled}
+        sampled = {tokens.sequence_id: tokens for tokens in result.sampled}
         _check_result(plan, result, sampled)
         flight = self._land(plan)
+        self._commit_transfers(plan, result)
         num_prompt_tokens = 0
         events = []
         for share, (sequence, life) in zip(plan.scheduled, flight.shares, strict=True):
-            if sequence.status is SequenceStatus.FINISHED:
+            if sequence.status is SequenceStatus.FINISHED or plan.step < sequence.valid_from_step:
                 continue
             if sequence.num_preemptions == life:
-                num_prompt_tokens += sequence.commit(share.num_tokens)
+                num_prompt_tokens += sequence.commit(share)
                 if not _failed(sampled.get(share.sequence_id)):
                     self.allocator.computed(sequence)
+                    if sequence.id in self._siblings:
+                        self._waiting.release(self._siblings[sequence.id].released())
             if share.samples:
-                events.append(self._commit_token(sequence, sampled[share.sequence_id]))
+                num_drafts = len(share.draft_ids)
+                events += self._commit_tokens(sequence, sampled[share.sequence_id], num_drafts)
         self._counts["prompt"] += num_prompt_tokens
         if num_prompt_tokens:
             self._bounds.speed.note(num_prompt_tokens, self._clock.now() - flight.start_s)
@@ -175,6 +213,7 @@ class Scheduler:
     def discard(self, plan: StepPlan) -> None:
         """There will be no result for this plan; whoever ran in it must be ended by `fail`."""
         self._land(plan)
+        self.allocator.lose(plan.transfers)
         # The runner may not have read it: it must hear again whom to forget.
         self._dropped = [*plan.dropped, *self._dropped]
 
@@ -187,36 +226,122 @@ class Scheduler:
             self.allocator.free(sequence)
         return flight
 
-    def _note_admitted(self, sequence: Sequence) -> None:
-        self._num_queued_tokens -= sequence.num_prompt_tokens
-        if sequence.num_preemptions == 0:
-            self._prefix["queries"] += sequence.num_prompt_tokens
-            self._prefix["hits"] += sequence.num_cached_tokens
+    def _commit_transfers(self, plan: StepPlan, result: StepResult) -> None:
+        """Note what copying cost; whoever was given a block whose content is lost starts anew."""
+        self._preemption.transfers.note(len(plan.transfers), result.transfer_s)
+        failed = [plan.transfers[index] for index in result.failed_transfers]
+        if not failed:
+            return
+        self.allocator.lose(failed)
+        bad = {transfer.target for transfer in failed if transfer.target_tier is Tier.DEVICE}
+        for new in plan.new:
+            sequence = self._sequences.get(new.sequence_id)
+            if sequence is not None and bad.intersection(new.block_ids):
+                sequence.valid_from_step = self._counts["steps"] + 1
+                sequence.num_pending_tokens = 0
+                sequence.awaits_result = False
+                self._push_out(sequence, "transfer", "its KV was lost on the way")
 
-    def _commit_token(self, sequence: Sequence, sampled: SampledToken) -> RequestEvent:
+    def _push_out(self, sequence: Sequence, reason: str, outcome: str) -> None:
+        """Outside of a step's planning: a sequence loses its KV and waits for a place."""
+        self.allocator.free(sequence)
+        sequence.lose_memory()
+        if sequence.status is SequenceStatus.RUNNING:
+            self._running.remove(sequence)
+            sequence.status = SequenceStatus.WAITING
+            sequence.num_preemptions += 1
+            self.decisions.preempted(sequence.id, reason, outcome)
+            self._counts["preemptions"] += 1
+            self._dropped.append(sequence.id)
+            self._waiting.add(sequence)
+        else:
+            self._waiting.release([sequence])
+
+    def _commit_tokens(
+        self, sequence: Sequence, sampled: SampledTokens, num_drafts: int
+    ) -> list[RequestEvent]:
+        """Book what a sequence got; return the news, of siblings too where they depend on it."""
         if sampled.error is not None:
-            return self._finish(sequence, FinishReason.ERROR, sampled.error)
-        self._counts["output"] += 1
-        reason = sequence.append(sampled.token_id)
+            self.allocator.discredit(sequence)
+            return self._end_all([sequence.id], FinishReason.ERROR, sampled.error)
+        if sequence.is_beam:
+            return self._commit_beam(sequence, sampled)
+        num_before = sequence.num_output_tokens
+        reason = sequence.extend(sampled.token_ids, num_drafts)
+        num_new = sequence.num_output_tokens - num_before
+        self._counts["output"] += num_new
         if reason is not None:
             self._finish(sequence, reason)
-        is_first = sequence.num_output_tokens == 1
-        return RequestEvent(
+        else:
+            self._waiting.release([sequence])  # it may have been pushed out while it awaited this
+            sequence.guess(sampled.draft_ids)
+        event = RequestEvent(
             sequence.id,
-            (sampled.token_id,),
-            None if sampled.logprobs is None else (sampled.logprobs,),
+            sampled.token_ids[:num_new],
+            None if sampled.logprobs is None else sampled.logprobs[:num_new],
             reason,
-            num_cached_tokens=sequence.num_cached_tokens if is_first else 0,
+            num_cached_tokens=0 if num_before else sequence.num_cached_tokens,
         )
+        return [event]
+
+    def _commit_beam(self, sequence: Sequence, sampled: SampledTokens) -> list[RequestEvent]:
+        """Note what a beam found; when all have reported, let each take the place of its parent."""
+        group = self._siblings[sequence.id]
+        if sampled.logprobs is None or not isinstance(group, BeamGroup):
+            raise IntegrityError(f"{sequence.id} reports no candidates to its beam search")
+        self._counts["output"] += 1
+        if not group.report(sequence, sampled.logprobs[0].top):
+            return []
+        successions = group.advance()
+        for succession in successions:
+            self._succeed(succession)
+        if successions:
+            return []
+        return [
+            self._finish(member, found.finish_reason, token_ids=found.token_ids)
+            for member, found in group.answers()
+        ]
+
+    def _succeed(self, succession: Succession) -> None:
+        """A beam goes on from its parent's tokens and KV, or waits to have them computed."""
+        beam, parent = succession.beam, succession.parent
+        beam.token_ids = list(succession.token_ids)
+        beam.awaits_result = False
+        if beam.status is SequenceStatus.RUNNING:
+            beam.is_known = False
+            self._dropped.append(beam.id)
+            if self.allocator.refork(beam, succession.block_ids):
+                beam.num_computed_tokens = succession.num_computed_tokens
+                beam.num_committed_tokens = succession.num_computed_tokens
+            else:
+                self._push_out(beam, "beams", "the beam that it goes on from has lost its KV")
+        else:
+            if beam is not parent:
+                self.allocator.refork(beam, [])  # what it had is of another beam
+                beam.fork = Fork(parent, len(beam.token_ids) - 1)
+            self._waiting.release([beam])
 
     def _end_all(
         self, request_ids: Iterable[str], reason: FinishReason, error: str | None
     ) -> list[RequestEvent]:
-        alive = [i for i in dict.fromkeys(request_ids) if i in self._sequences]
-        return [self._finish(self._sequences[i], reason, error) for i in alive]
+        alive = [self._sequences[i] for i in dict.fromkeys(request_ids) if i in self._sequences]
+        groups = [
+            self._siblings[s.id].ended_with(s) if s.id in self._siblings else [s] for s in alive
+        ]
+        ending = dict.fromkeys(itertools.chain.from_iterable(groups))
+        return [
+            self._finish(sequence, reason, error)
+            for sequence in ending
+            if sequence.status is not SequenceStatus.FINISHED
+        ]
 
     def _finish(
-        self, sequence: Sequence, reason: FinishReason, error: str | None = None
+        self,
+        sequence: Sequence,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        token_ids: tuple[int, ...] = (),
     ) -> RequestEvent:
         """The one way out: frees everything and makes the terminal event."""
         if sequence.status is SequenceStatus.RUNNING:
@@ -224,7 +349,6 @@ class Scheduler:
             self._dropped.append(sequence.id)  # the runner knows the running ones, and no others
         else:
             self._waiting.remove(sequence)
-            self._num_queued_tokens -= sequence.num_prompt_tokens
         if self._in_flight and sequence.block_ids:
             self._in_flight[-1].to_free.append(sequence)
         else:
@@ -233,7 +357,15 @@ class Scheduler:
         sequence.finish_reason = reason
         del self._sequences[sequence.id]
         self.decisions.ends(sequence.id, reason.value if error is None else error)
-        return RequestEvent(sequence.id, finish_reason=reason, error=error)
+        if sequence.id in self._siblings:
+            self._waiting.release(self._siblings.pop(sequence.id).released())
+        return RequestEvent(
+            sequence.id,
+            token_ids,
+            finish_reason=reason,
+            error=error,
+            num_cached_tokens=sequence.num_cached_tokens if token_ids else 0,
+        )
 
     # Reports.
 
@@ -255,25 +387,19 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Recount queues and blocks from scratch; raise `IntegrityError` on any difference."""
-        waiting = list(self._waiting)
-        if sorted(s.id for s in waiting + self._running) != sorted(self._sequences):
+        if sorted(s.id for s in (*self._waiting, *self._running)) != sorted(self._sequences):
             raise IntegrityError("the queues do not hold exactly the live sequences")
-        for sequence in waiting:
-            if sequence.status is not SequenceStatus.WAITING or sequence.block_ids:
-                raise IntegrityError(f"{sequence.id} waits but is not in a waiting state")
+        self._waiting.check_integrity()
         for sequence in self._running:
             if sequence.status is not SequenceStatus.RUNNING:
                 raise IntegrityError(f"{sequence.id} runs but is not in a running state")
             if sequence.num_computed_tokens > len(sequence.block_ids) * self.allocator.block_size:
                 raise IntegrityError(f"{sequence.id} has computed more tokens than it has slots")
-        queued_tokens = sum(s.num_prompt_tokens for s in waiting)
-        if queued_tokens != self._num_queued_tokens:
-            raise IntegrityError("the count of queued prompt tokens is wrong")
         held = [s for flight in self._in_flight for s in flight.to_free]
         self.allocator.check_integrity([*self._sequences.values(), *held])
 
 
-def _check_result(plan: StepPlan, result: StepResult, sampled: dict[str, SampledToken]) -> None:
+def _check_result(plan: StepPlan, result: StepResult, sampled: dict[str, SampledTokens]) -> None:
     """Refuse a result that does not answer the plan, before anything of it is booked."""
     if result.step != plan.step:
         raise IntegrityError(f"the result of step {result.step} came for step {plan.step}")
@@ -282,6 +408,6 @@ def _check_result(plan: StepPlan, result: StepResult, sampled: dict[str, Sampled
         raise IntegrityError(f"step {plan.step} brought no token for {missing[:4]}")
 
 
-def _failed(token: SampledToken | None) -> bool:
+def _failed(tokens: SampledTokens | None) -> bool:
     """Whether a sequence failed in this step: the KV that it wrote must not be found by others."""
-    return token is not None and token.error is not None
+    return tokens is not None and tokens.error is not None

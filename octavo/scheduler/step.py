@@ -10,7 +10,8 @@ from octavo.core import NewSequence, ScheduledTokens, Sequence, SequenceStatus
 from octavo.kvcache import Allocator
 from octavo.scheduler.constraints import Constraint
 from octavo.scheduler.decisions import DecisionLog
-from octavo.scheduler.queues import QueuePolicy
+from octavo.scheduler.preemption import Preemption
+from octavo.scheduler.waiting import WaitingRoom
 
 
 class StepBuilder:
@@ -19,24 +20,28 @@ class StepBuilder:
     def __init__(
         self,
         running: list[Sequence],
-        waiting: QueuePolicy,
+        waiting: WaitingRoom,
         *,
         allocator: Allocator,
         constraints: SequenceOf[Constraint],
+        preemption: Preemption,
         log: DecisionLog,
     ):
         self.running = running
-        self.waiting = waiting
+        self.waiting = waiting.policy
+        self._room = waiting
         self.new: list[NewSequence] = []
         self.scheduled: list[ScheduledTokens] = []
+        self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
         self.stopped_by: str | None = None  # why admission ended, where somebody still waits
         self._allocator = allocator
         self._constraints = constraints
+        self._preemption = preemption
         self._log = log
         self._served: set[str] = set()
         for constraint in constraints:
-            constraint.begin_step(len(running))
+            constraint.begin_step(running)
 
     def serve_running(self, *, prefills_only: bool = False) -> None:
         """Give running sequences their tokens, in order of admission.
@@ -80,6 +85,16 @@ class StepBuilder:
             if sequence in self.preempted or not self._try_to_admit(sequence):
                 return
 
+    def make_room(self) -> None:
+        """Push out those who run but have nothing to run until somebody can be admitted.
+
+        Beams that wait for each other are such: without this they could wait forever.
+        """
+        while (sequence := self.waiting.head()) is not None and not self._try_to_admit(sequence):
+            if not self.running:
+                return
+            self._preempt(self._victim(), "idle")
+
     def _try_to_admit(self, sequence: Sequence) -> bool:
         sequence.num_computed_tokens = self._allocator.start(sequence)
         num_tokens, bound_by = self._allowance(sequence, sequence.num_uncomputed_tokens)
@@ -89,24 +104,23 @@ class StepBuilder:
             self._admit(sequence, num_tokens)
             return True
         if bound_by is not None:
-            self.stopped_by = bound_by.name
-            self._log.waits(sequence.id, bound_by.name, bound_by.explain(sequence))
-        self._allocator.free(sequence)
+            limit = bound_by
+            self.stopped_by = limit.name
+            self._log.waits(sequence.id, limit.name, lambda: limit.explain(sequence))
+        self._allocator.stop(sequence)
         sequence.num_computed_tokens = 0
         return False
 
     def _admit(self, sequence: Sequence, num_tokens: int) -> None:
         num_cached_tokens = sequence.num_computed_tokens
-        if sequence.num_preemptions == 0:
+        if not sequence.goes_first:  # what a sibling computed was not found in the cache
             sequence.num_cached_tokens = num_cached_tokens
         sequence.num_committed_tokens = num_cached_tokens
-        share = self._grant(sequence, num_tokens)
-        self.waiting.remove(sequence)
+        self._grant(sequence, num_tokens)
+        self._room.remove(sequence)
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
-        self.new.append(_introduce(sequence, num_cached_tokens))
-        # The runner gets the whole block table with the introduction, so the share adds none.
-        self.scheduled[-1] = ScheduledTokens(sequence.id, share.num_tokens, (), share.samples)
+        self.admitted.append(sequence)
         self._log.runs(sequence.id, num_cached_tokens)
 
     def _allowance(self, sequence: Sequence, num_tokens: int) -> tuple[int, Constraint | None]:
@@ -120,18 +134,28 @@ class StepBuilder:
                     break
         return num_tokens, bound_by
 
-    def _grant(self, sequence: Sequence, num_tokens: int) -> ScheduledTokens:
+    def _grant(self, sequence: Sequence, num_tokens: int) -> None:
         for constraint in self._constraints:
             constraint.take(sequence, num_tokens)
-        added = self._allocator.extend(sequence, sequence.num_tokens)
-        samples = num_tokens == sequence.num_uncomputed_tokens
+        num_computed_tokens = sequence.num_computed_tokens
+        # Room for all that is known: half a prompt in the pool helps nobody. Drafts that are left
+        # out need none.
+        num_known = sequence.num_tokens - len(sequence.draft_ids)
+        first = self._allocator.extend(sequence, max(num_known, num_computed_tokens + num_tokens))
         self.waiting.served(sequence, num_tokens)
-        sequence.num_computed_tokens += num_tokens
-        sequence.num_pending_tokens += samples
-        share = ScheduledTokens(sequence.id, num_tokens, tuple(added), samples)
+        samples = sequence.run(num_tokens)
+        changed: tuple[int, ...] = ()
+        if sequence.is_known:
+            changed = tuple(sequence.block_ids[first:])
+        else:
+            # The runner gets the whole block table with the introduction, so the share adds none.
+            self.new.append(_introduce(sequence, num_computed_tokens))
+            sequence.is_known, first = True, len(sequence.block_ids)
+        share = ScheduledTokens(
+            sequence.id, num_tokens, first, changed, samples, tuple(sequence.draft_ids)
+        )
         self.scheduled.append(share)
         self._served.add(sequence.id)
-        return share
 
     def _victim(self) -> Sequence:
         """Who gives way: among those not yet served in this step, the policy's choice."""
@@ -147,17 +171,20 @@ class StepBuilder:
         return True
 
     def _preempt(self, sequence: Sequence, reason: str) -> None:
-        """Push a running sequence out; its tokens are computed again when there is room."""
+        """Push a running sequence out, back to the queue unless it waits for a result."""
         self.running.remove(sequence)
         for constraint in self._constraints:
             constraint.release(sequence)
-        self._allocator.free(sequence)
-        sequence.num_computed_tokens = sequence.num_committed_tokens = 0
+        outcome = self._preemption.give_up(sequence, self._allocator)
+        sequence.lose_memory()
         sequence.num_preemptions += 1
         sequence.status = SequenceStatus.WAITING
         self.preempted.append(sequence)
-        self.waiting.add(sequence)
-        self._log.preempted(sequence.id, reason)
+        if sequence.awaits_result:
+            self._room.hold(sequence)
+        else:
+            self._room.add(sequence)
+        self._log.preempted(sequence.id, reason, outcome)
 
 
 def _introduce(sequence: Sequence, num_computed_tokens: int) -> NewSequence:
@@ -172,4 +199,5 @@ def _introduce(sequence: Sequence, num_computed_tokens: int) -> NewSequence:
         sampling=request.sampling,
         seed=request.seed,
         stop_ids=sequence.stop_ids,
+        num_logprobs=sequence.num_logprobs,
     )

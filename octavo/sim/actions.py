@@ -12,9 +12,15 @@ class Action(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Arrive(Action, frozen=True, kw_only=True):
-    """A client sends a request."""
+    """A client sends a request, and perhaps wants more than one answer to it."""
 
     request: Request
+    siblings: tuple[Request, ...] = ()
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """All answers that the client waits for."""
+        return (self.request, *self.siblings)
 
 
 class Cancel(Action, frozen=True, kw_only=True):

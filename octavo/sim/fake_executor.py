@@ -1,15 +1,23 @@
 """An executor without a model, whose answers give away any mistake of the bookkeeping.
 
-It keeps KV memory as a plain array of what was written in each slot. The next token is a hash of
-all (position, token) pairs found through the block table, so a wrong block, a stale slot, a skipped
-or repeated position changes the text from there on.
+It keeps KV memory, tier by tier, as plain arrays of what was written in each slot. The next token
+is a hash of all (position, token) pairs found through the block table, so a wrong block, a stale
+slot, a copy not made, a skipped or repeated position changes the text from there on.
 """
 
 import hashlib
 from array import array
 from collections.abc import Sequence as SequenceOf
 
-from octavo.core import NewSequence, SampledToken, StepPlan, StepResult
+from octavo.core import (
+    NewSequence,
+    SampledTokens,
+    ScheduledTokens,
+    StepPlan,
+    StepResult,
+    Tier,
+    TokenLogprobs,
+)
 from octavo.errors import IntegrityError
 
 # What a slot may hold besides a token of the vocabulary.
@@ -31,26 +39,57 @@ def oracle_tokens(prompt: SequenceOf[int], num_tokens: int, vocab_size: int) -> 
     return tokens[len(prompt) :]
 
 
+def oracle_candidates(
+    token_ids: SequenceOf[int], count: int, vocab_size: int
+) -> tuple[tuple[int, float], ...]:
+    """`count` (token id, logprob) of what may follow, likeliest first: the oracle's, and others."""
+    first = oracle_token(token_ids, vocab_size)
+    gaps = hashlib.blake2b(array("q", [*token_ids, -1]).tobytes(), digest_size=32).digest()
+    found, logprob = [], -0.1
+    for index in range(min(count, vocab_size)):
+        found.append(((first + index) % vocab_size, logprob))
+        logprob -= 0.01 + gaps[index % len(gaps)] / 64
+    return tuple(found)
+
+
 class _Row:
     """What the executor knows of one sequence."""
 
-    __slots__ = ("block_ids", "num_computed_tokens", "token_ids")
+    __slots__ = ("block_ids", "num_computed_tokens", "num_logprobs", "token_ids")
 
     def __init__(self, new: NewSequence):
         self.token_ids = list(new.token_ids)
         self.num_computed_tokens = new.num_computed_tokens
         self.block_ids = list(new.block_ids)
+        self.num_logprobs = new.num_logprobs
 
 
 class FakeExecutor:
-    """Runs plans on a fake KV memory. Sole writer of its rows and slots."""
+    """Runs plans on a fake KV memory. Sole writer of its rows and slots.
 
-    def __init__(self, *, num_blocks: int, block_size: int = 16, vocab_size: int = 1000):
+    num_drafts: it guesses so many tokens ahead of each one that it draws; some guesses are wrong.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int = 16,
+        vocab_size: int = 1000,
+        num_host_blocks: int = 0,
+        num_disk_blocks: int = 0,
+        num_drafts: int = 0,
+    ):
         self.block_size = block_size
         self.vocab_size = vocab_size
-        self._slot_tokens = [_STALE] * (num_blocks * block_size)
-        self._slot_positions = [-1] * (num_blocks * block_size)
+        self._num_drafts = num_drafts
+        sizes = {Tier.DEVICE: num_blocks, Tier.HOST: num_host_blocks, Tier.DISK: num_disk_blocks}
+        self._tokens = {tier: [_STALE] * (size * block_size) for tier, size in sizes.items()}
+        self._positions = {tier: [-1] * (size * block_size) for tier, size in sizes.items()}
+        self._slot_tokens = self._tokens[Tier.DEVICE]
+        self._slot_positions = self._positions[Tier.DEVICE]
         self._rows: dict[str, _Row] = {}
+        self._failing: set[int] = set()
 
     @property
     def num_rows(self) -> int:
@@ -64,14 +103,19 @@ class FakeExecutor:
             if new.sequence_id in self._rows:
                 raise IntegrityError(f"{new.sequence_id} was introduced twice")
             self._rows[new.sequence_id] = _Row(new)
+        failed = self._transfer(plan)
         sampled = []
         for share in plan.scheduled:
             row = self._rows[share.sequence_id]
-            row.block_ids.extend(share.new_block_ids)
-            self._write(row, share.num_tokens)
+            row.block_ids[share.num_kept_blocks :] = share.new_block_ids
+            self._write(row, share)
             if share.samples:
-                sampled.append(self._sample(share.sequence_id, row))
-        return StepResult(plan.step, tuple(sampled))
+                sampled.append(self._sample(share, row))
+        return StepResult(plan.step, tuple(sampled), failed)
+
+    def fail_transfer(self, index: int) -> None:
+        """In the next step this copy fails: what is in its target then is garbage."""
+        self._failing.add(index)
 
     def poison(self, sequence_id: str, num_tokens: int) -> None:
         """The KV of the last `num_tokens` computed tokens of a sequence is NaN after all.
@@ -82,24 +126,68 @@ class FakeExecutor:
         for position in range(row.num_computed_tokens - num_tokens, row.num_computed_tokens):
             self._slot_tokens[self._slot(row, position)] = _NOT_FINITE
 
-    def _sample(self, sequence_id: str, row: _Row) -> SampledToken:
+    def _transfer(self, plan: StepPlan) -> tuple[int, ...]:
+        size, (failing, self._failing) = self.block_size, (self._failing, set())
+        for index, transfer in enumerate(plan.transfers):
+            source = slice(transfer.source * size, (transfer.source + 1) * size)
+            target = slice(transfer.target * size, (transfer.target + 1) * size)
+            for store in (self._tokens, self._positions):
+                content = store[transfer.source_tier][source]
+                store[transfer.target_tier][target] = (
+                    [_STALE] * size if index in failing else content
+                )
+        return tuple(sorted(failing))
+
+    def _sample(self, share: ScheduledTokens, row: _Row) -> SampledTokens:
+        """Check the drafts and draw a token: those that were right, and what follows them."""
         tokens = self._read(row)
         if _NOT_FINITE in tokens:
-            return SampledToken(sequence_id, _STALE, error="the logits are not finite")
-        token_id = oracle_token(tokens, self.vocab_size)
-        row.token_ids.append(token_id)
-        return SampledToken(sequence_id, token_id)
+            return SampledTokens(share.sequence_id, (), error="the logits are not finite")
+        num_known = len(tokens) - len(share.draft_ids)
+        drawn: list[int] = []
+        for index in range(len(share.draft_ids) + 1):
+            drawn.append(oracle_token(tokens[: num_known + index], self.vocab_size))
+            if drawn[-1:] != list(share.draft_ids[index : index + 1]):
+                break
+        row.token_ids += drawn
+        row.num_computed_tokens = len(row.token_ids) - 1
+        known = tokens[:num_known] + drawn
+        return SampledTokens(
+            share.sequence_id, tuple(drawn), self._logprobs(row, known[:-1]), self._guess(known)
+        )
+
+    def _logprobs(self, row: _Row, tokens: list[int]) -> tuple[TokenLogprobs, ...] | None:
+        if row.num_logprobs is None:
+            return None
+        top = oracle_candidates(tokens, row.num_logprobs, self.vocab_size)
+        return (TokenLogprobs(top[0][1], 1, top),)
+
+    def _guess(self, known: list[int]) -> tuple[int, ...]:
+        """What may follow: mostly right, so that both outcomes of a check come up."""
+        guesses = list(known)
+        for _ in range(self._num_drafts):
+            token_id = oracle_token(guesses, self.vocab_size)
+            guesses.append(token_id if token_id % 4 else (token_id + 1) % self.vocab_size)
+        return tuple(guesses[len(known) :])
 
     def _slot(self, row: _Row, position: int) -> int:
         block_id = row.block_ids[position // self.block_size]
         return block_id * self.block_size + position % self.block_size
 
-    def _write(self, row: _Row, num_tokens: int) -> None:
-        for position in range(row.num_computed_tokens, row.num_computed_tokens + num_tokens):
+    def _write(self, row: _Row, share: ScheduledTokens) -> None:
+        start = row.num_computed_tokens
+        token_ids = [*row.token_ids[start:], *share.draft_ids][: share.num_tokens]
+        if share.draft_ids and start + share.num_tokens != len(row.token_ids) + len(
+            share.draft_ids
+        ):
+            raise IntegrityError(f"{share.sequence_id} has drafts that do not follow its tokens")
+        for position, token_id in enumerate(token_ids, start):
             slot = self._slot(row, position)
-            self._slot_tokens[slot] = row.token_ids[position]
+            self._slot_tokens[slot] = token_id
             self._slot_positions[slot] = position
-        row.num_computed_tokens += num_tokens
+        if len(token_ids) != share.num_tokens:
+            raise IntegrityError(f"{share.sequence_id} has not so many tokens to compute")
+        row.num_computed_tokens += share.num_tokens
 
     def _read(self, row: _Row) -> list[int]:
         """Token ids as the KV memory has them; a slot of another position reads as garbage."""

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from octavo.core import Executor, SampledToken, ScheduledTokens, StepPlan, StepResult
-from octavo.kvcache import Allocator, PagedAllocator, PrefixAllocator
+from octavo.core import Executor, SampledTokens, ScheduledTokens, StepPlan, StepResult
+from octavo.kvcache import Allocator, PagedAllocator, PrefixAllocator, TieredAllocator
 from octavo.sim.clock import VirtualClock
 
 
@@ -29,6 +29,7 @@ class Fault(enum.StrEnum):
     LOST_REPLY = "one sequence is missing from the reply"
     DOUBLE_REPLY = "one sequence is in the reply twice"
     FOREIGN_REPLY = "the reply has a token that nobody asked for"
+    LOST_BLOCK = "a block did not arrive from another tier"
     CONSEQUENCE = "the step before failed when this one was launched"  # not drawn
 
 
@@ -63,6 +64,10 @@ class FaultableExecutor(Executor, Protocol):
 
     def poison(self, sequence_id: str, num_tokens: int) -> None:
         """The KV of the last `num_tokens` computed tokens of a sequence is not finite."""
+        ...
+
+    def fail_transfer(self, index: int) -> None:
+        """This copy of the next step's fails."""
         ...
 
 
@@ -148,6 +153,8 @@ class FaultyExecutor:
             self._note_failure(plan, fault)
             return self._fail(plan, fault)
         self.num_sure_failures_in_a_row = 0
+        if fault is Fault.LOST_BLOCK:
+            self._lose_block(plan)
         result = self._last_result = self._run(plan)
         spoilt = result if fault is None else self._spoil(plan, result, fault)
         if fault in WRONG_REPLIES and spoilt is not result:
@@ -179,7 +186,8 @@ class FaultyExecutor:
         match fault:
             case Fault.FAIL_MIDWAY:
                 half = plan.scheduled[: len(plan.scheduled) // 2]
-                self._run(StepPlan(plan.step, plan.new, half, plan.dropped))
+                copies = plan.transfers[: len(plan.transfers) // 2]
+                self._run(StepPlan(plan.step, plan.new, half, plan.dropped, copies))
             case Fault.FAIL_AFTER:
                 self._run(plan)
             case Fault.OUT_OF_MEMORY:
@@ -196,9 +204,9 @@ class FaultyExecutor:
         sampled = result.sampled
         if fault is Fault.FOREIGN_REPLY:
             unasked = [share.sequence_id for share in plan.scheduled if not share.samples]
-            foreign = SampledToken(self._rng.choice([*unasked, "nobody"]), 0)
+            foreign = SampledTokens(self._rng.choice([*unasked, "nobody"]), (0,))
             return StepResult(result.step, (*sampled, foreign))
-        if fault is Fault.SLOW or not sampled:
+        if fault in (Fault.SLOW, Fault.LOST_BLOCK) or not sampled:
             return result
         victim = self._rng.choice(sampled)
         others = tuple(token for token in sampled if token is not victim)
@@ -208,9 +216,20 @@ class FaultyExecutor:
             return StepResult(result.step, (*sampled, victim))
         share = next(s for s in plan.scheduled if s.sequence_id == victim.sequence_id)
         self._note(plan, fault, (share,))
-        self._executor.poison(share.sequence_id, share.num_tokens)
-        failed = SampledToken(victim.sequence_id, -1, error="the logits are not finite")
+        self._executor.poison(share.sequence_id, share.num_tokens - len(share.draft_ids))
+        failed = SampledTokens(victim.sequence_id, (), error="the logits are not finite")
         return StepResult(result.step, (failed, *others))
+
+    def _lose_block(self, plan: StepPlan) -> None:
+        """One copy between tiers fails, if there is one. Copies on a device do not."""
+        able = [
+            index
+            for index, transfer in enumerate(plan.transfers)
+            if transfer.source_tier is not transfer.target_tier
+        ]
+        if able:
+            self._executor.fail_transfer(self._rng.choice(able))
+            self._note(plan, Fault.LOST_BLOCK)
 
     def _note_failure(self, plan: StepPlan, fault: Fault) -> None:
         """This step may fail for everyone in it."""
@@ -241,11 +260,9 @@ class SqueezablePagedAllocator(PagedAllocator):
         return max(0, super().num_free_blocks - self.num_hidden_blocks)
 
 
-class SqueezablePrefixAllocator(PrefixAllocator):
+class SqueezablePrefixAllocator(SqueezablePagedAllocator, PrefixAllocator):
     """The same with prefix caching."""
 
-    num_hidden_blocks = 0
 
-    @property
-    def num_free_blocks(self) -> int:
-        return max(0, super().num_free_blocks - self.num_hidden_blocks)
+class SqueezableTieredAllocator(SqueezablePrefixAllocator, TieredAllocator):
+    """The same with memory below the device."""

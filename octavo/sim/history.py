@@ -5,6 +5,7 @@ equal the oracle's; an end for the reason that is true; an error only where a fa
 promise raises `IntegrityError` at the event that breaks it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from octavo.core import FinishReason, Request, RequestEvent
@@ -71,6 +72,7 @@ class History:
         self.clients: list[Client] = []  # in order of acceptance
         self.live: dict[str, Client] = {}
         self.num_refused = 0
+        self.num_injected: Counter[Fault] = Counter()
         self.engine_died = False
 
     def accept(self, request: Request, max_tokens: int, *, at_s: float, step: int) -> Client:
@@ -94,9 +96,17 @@ class History:
 
     def touch(self, injection: Injection) -> None:
         """A fault struck these requests: they may fail, and only they."""
+        self.num_injected[injection.fault] += 1
         for request_id in injection.request_ids:
             if request_id in self.live:
                 self.live[request_id].fault = injection.fault
+        if injection.fault is Fault.LOST_BLOCK:
+            self.forget_due_times()  # somebody starts anew
+
+    def forget_due_times(self) -> None:
+        """What happened has delayed everybody who is here, for nobody knows how long."""
+        for client in self.live.values():
+            client.due_step = None
 
     def note(self, event: RequestEvent, *, at_s: float, step: int) -> None:
         """An event reached its client. Raises `IntegrityError` where it breaks a promise."""

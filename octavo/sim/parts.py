@@ -14,11 +14,13 @@ from octavo.engine import EngineCore
 from octavo.scheduler import (
     Blocks,
     Constraint,
+    Preemption,
     PrefillSpeed,
     QueueBounds,
     Scheduler,
     SequenceSlots,
     TokenBudget,
+    TransferSpeed,
     create_batching,
     create_queue,
 )
@@ -27,6 +29,7 @@ from octavo.sim.faults import (
     SqueezableAllocator,
     SqueezablePagedAllocator,
     SqueezablePrefixAllocator,
+    SqueezableTieredAllocator,
 )
 
 
@@ -34,7 +37,9 @@ from octavo.sim.faults import (
 class EngineSetup:
     """How large a simulated engine is, and by which rules it serves.
 
-    policy, batching: names known to `octavo.scheduler`.
+    num_host_blocks, num_disk_blocks: memory below the device, which needs prefix caching.
+    policy, batching, preemption: names known to `octavo.scheduler`.
+    num_drafts: tokens that the executor guesses ahead.
     asynchronous: step n+1 is launched before the result of step n is read.
     eager: whether a launched step has run by then, or runs when its result is read; in truth the
         device decides, and both must give the same answers.
@@ -48,6 +53,11 @@ class EngineSetup:
     max_num_queued: int | None = None
     vocab_size: int = 1000
     prefix_caching: bool = True
+    num_host_blocks: int = 0
+    num_disk_blocks: int = 0
+    preemption: str = "recompute"
+    copy_block_s: float = 0.002  # what copying a block seems to take; only the cost model asks
+    num_drafts: int = 0
     policy: str = "fcfs"
     batching: str = "chunked"
     asynchronous: bool = False
@@ -101,6 +111,13 @@ class _InlineFuture(Future[Any]):
 
 def create_allocator(setup: EngineSetup) -> SqueezableAllocator:
     """The allocator under test."""
+    if setup.num_host_blocks:
+        return SqueezableTieredAllocator(
+            setup.num_blocks,
+            setup.block_size,
+            num_host_blocks=setup.num_host_blocks,
+            num_disk_blocks=setup.num_disk_blocks,
+        )
     kind = SqueezablePrefixAllocator if setup.prefix_caching else SqueezablePagedAllocator
     return kind(setup.num_blocks, setup.block_size)
 
@@ -112,13 +129,17 @@ def create_scheduler(allocator: SqueezableAllocator, setup: EngineSetup, clock: 
         SequenceSlots(setup.max_num_seqs),
         Blocks(allocator),
     ]
+    speed = PrefillSpeed()
     return Scheduler(
         allocator,
         constraints,
         max_model_len=setup.max_model_len,
         queue=create_queue(setup.policy),
         batching=create_batching(setup.batching, clock, max_num_seqs=setup.max_num_seqs),
-        bounds=QueueBounds(PrefillSpeed(), max_num_reqs=setup.max_num_queued),
+        bounds=QueueBounds(speed, max_num_reqs=setup.max_num_queued),
+        preemption=Preemption(
+            setup.preemption, transfers=TransferSpeed(setup.copy_block_s), prefills=speed
+        ),
         clock=clock,
     )
 
@@ -126,7 +147,12 @@ def create_scheduler(allocator: SqueezableAllocator, setup: EngineSetup, clock: 
 def create_executor(setup: EngineSetup) -> FakeExecutor:
     """What stands in for the model."""
     return FakeExecutor(
-        num_blocks=setup.num_blocks, block_size=setup.block_size, vocab_size=setup.vocab_size
+        num_blocks=setup.num_blocks,
+        block_size=setup.block_size,
+        vocab_size=setup.vocab_size,
+        num_host_blocks=setup.num_host_blocks,
+        num_disk_blocks=setup.num_disk_blocks,
+        num_drafts=setup.num_drafts,
     )
 
 

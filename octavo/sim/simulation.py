@@ -5,9 +5,10 @@ every step the books are recounted. `SimulatedEngine` is assembled of `Parts`, s
 put a broken one in. Knows no dice: everything random was decided by who made actions and faults.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 
-from octavo.core import Request, RequestEvent, SamplingParams
+from octavo.core import Request, RequestEvent, SamplingParams, Tier
 from octavo.errors import EngineDeadError, IntegrityError, OverloadedError, RequestError
 from octavo.sim.actions import (
     Action,
@@ -58,6 +59,7 @@ class SimulatedEngine:
         self.core = parts.core(self.scheduler, self.executor, setup)
         self._is_draining = False
         self._num_preemptions = 0
+        self.moves: Counter[tuple[Tier, Tier]] = Counter()  # blocks copied, by where from and to
 
     def run(self, actions: Iterable[Action]) -> History:
         """Let all this happen, in order of time, then heal everything and answer who is left."""
@@ -95,7 +97,8 @@ class SimulatedEngine:
             )
         self._is_draining = False
         sampling = SamplingParams(max_tokens=1)
-        self._arrive(Request(request_id="probe", prompt_token_ids=[1], sampling=sampling, seed=0))
+        probe = Request(request_id="probe", prompt_token_ids=[1], sampling=sampling, seed=0)
+        self._arrive((probe,))
         self.settle()
         if self.runner.num_rows > 1:
             raise IntegrityError(f"the runner keeps {self.runner.num_rows - 1} rows of nobody")
@@ -115,6 +118,8 @@ class SimulatedEngine:
             raise IntegrityError("the executor cannot carry the plan out") from (
                 self.executor.unexpected
             )
+        for transfer in plan.transfers if plan is not None else ():
+            self.moves[transfer.source_tier, transfer.target_tier] += 1
         for injection in injections:
             self.history.touch(injection)
         if isinstance(outcome, Exception):
@@ -169,8 +174,8 @@ class SimulatedEngine:
     def _apply(self, action: Action) -> None:
         self.trace.entries.append((self.clock.now(), action))
         match action:
-            case Arrive(request=request):
-                self._arrive(request)
+            case Arrive():
+                self._arrive(action.requests)
             case Cancel(request_ids=request_ids):
                 self._cancel(list(request_ids))
             case CancelEverybody():
@@ -185,38 +190,47 @@ class SimulatedEngine:
                 self._is_draining = True
         self._recount()
 
-    def _arrive(self, request: Request) -> None:
+    def _arrive(self, requests: tuple[Request, ...]) -> None:
+        """A request comes, with its siblings; all are taken, or none."""
         if self._is_draining:
             self.history.refuse()
             return
-        room = self.setup.max_model_len - len(request.prompt_token_ids)
-        max_tokens = request.sampling.max_tokens or room
-        must_refuse = self._must_refuse(request, max_tokens)
+        names = ", ".join(request.request_id for request in requests)
+        must_refuse = any(self._must_refuse(request) for request in requests)
         try:
-            self.core.add(request)
+            self.core.add(*requests)
         except RequestError as error:
             if not must_refuse:
-                raise IntegrityError(f"{request.request_id} was refused: {error}") from error
+                raise IntegrityError(f"{names} was refused: {error}") from error
             self.history.refuse()
             return
         except OverloadedError as error:
-            self._check_overload(request, error)
+            self._check_overload(requests, error)
             self.history.refuse()
             return
         if must_refuse:
-            raise IntegrityError(f"{request.request_id} can never run, but was accepted")
-        client = self.history.accept(
-            request, max_tokens, at_s=self.clock.now(), step=self.num_steps
-        )
+            raise IntegrityError(f"{names} can never run, but was accepted")
+        clients = [
+            self.history.accept(
+                request, self._max_tokens(request), at_s=self.clock.now(), step=self.num_steps
+            )
+            for request in requests
+        ]
         limit = self.setup.max_num_queued
         if limit is not None and self.core.stats().num_waiting > limit:
             raise IntegrityError(f"more than {limit} requests may wait")
         if self.setup.is_orderly and not self.allocator.num_hidden_blocks:
-            client.due_step = self._step_when_idle()
+            for client in clients:
+                client.due_step = self._step_when_idle()
 
-    def _must_refuse(self, request: Request, max_tokens: int) -> bool:
+    def _max_tokens(self, request: Request) -> int:
+        room = self.setup.max_model_len - len(request.prompt_token_ids)
+        return request.sampling.max_tokens or room
+
+    def _must_refuse(self, request: Request) -> bool:
         """Whether a request can never run: no tokens, no context, no memory, or its id is taken."""
         setup = self.setup
+        max_tokens = self._max_tokens(request)
         num_tokens = len(request.prompt_token_ids) + max_tokens
         num_blocks = -(-(num_tokens - 1) // setup.block_size)
         return (
@@ -227,12 +241,12 @@ class SimulatedEngine:
             or request.request_id in self.history.live
         )
 
-    def _check_overload(self, request: Request, error: OverloadedError) -> None:
+    def _check_overload(self, requests: tuple[Request, ...], error: OverloadedError) -> None:
         """A queue may be full, and a deadline out of reach; nothing else is overload."""
         limit = self.setup.max_num_queued
-        is_full = limit is not None and self.core.stats().num_waiting >= limit
-        if not is_full and request.options.deadline_ms is None:
-            raise IntegrityError(f"{request.request_id} was turned away: {error}") from error
+        is_full = limit is not None and self.core.stats().num_waiting + len(requests) > limit
+        if not is_full and requests[0].options.deadline_ms is None:
+            raise IntegrityError(f"{requests[0].request_id} was turned away: {error}") from error
 
     def _step_when_idle(self) -> int:
         """By when all who are here must have been answered."""
@@ -247,8 +261,7 @@ class SimulatedEngine:
     def _squeeze(self, num_blocks: int) -> None:
         """Memory gets scarce, or comes back; who lived through it has no due time."""
         self.allocator.num_hidden_blocks = num_blocks
-        for client in self.history.live.values():
-            client.due_step = None
+        self.history.forget_due_times()
 
     def _cancel(self, request_ids: list[str]) -> None:
         self.history.cancel(request_ids)

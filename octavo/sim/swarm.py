@@ -18,9 +18,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import msgspec
+
 from octavo.core import Request, RequestOptions, SamplingParams
 from octavo.errors import OctavoError
-from octavo.scheduler import BATCHINGS, POLICIES
+from octavo.scheduler import BATCHINGS, POLICIES, PREEMPTION_MODES
 from octavo.sim.actions import (
     Action,
     Arrive,
@@ -60,7 +62,14 @@ def draw_scenario(seed: int) -> Scenario:
     setup = _draw_setup(rng)
     requests = _draw_requests(rng, setup)
     duration_s = rng.choice((0.05, 0.05, 0.5, 2.0))
-    arrivals = [Arrive(at_s=rng.uniform(0.0, duration_s), request=r) for r in requests]
+    arrivals = [
+        Arrive(
+            at_s=rng.uniform(0.0, duration_s),
+            request=request,
+            siblings=_draw_siblings(rng, request),
+        )
+        for request in requests
+    ]
     actions = [*arrivals, *_draw_cancellations(rng, arrivals), *_draw_disturbances(rng, setup)]
     return Scenario(
         seed=seed,
@@ -100,6 +109,8 @@ def quiet_engine() -> Iterator[None]:
 def _draw_setup(rng: random.Random) -> EngineSetup:
     block_size = rng.choice((1, 2, 4, 4, 8, 16))
     num_tokens = rng.choice((24, 40, 40, 80, 200, 400))  # that the pool holds
+    prefix_caching = rng.random() < 0.6
+    has_host = prefix_caching and rng.random() < 0.7
     return EngineSetup(
         num_blocks=max(2, num_tokens // block_size),
         block_size=block_size,
@@ -108,7 +119,12 @@ def _draw_setup(rng: random.Random) -> EngineSetup:
         max_model_len=rng.choice((48, 96, 96)),
         vocab_size=VOCAB_SIZE,
         max_num_queued=rng.choice((None, None, None, None, 2)),
-        prefix_caching=rng.random() < 0.6,
+        prefix_caching=prefix_caching,
+        num_host_blocks=rng.choice((1, 8, 32, 128)) if has_host else 0,
+        num_disk_blocks=rng.choice((0, 2, 16, 64)) if has_host else 0,
+        preemption=rng.choice(("swap", "swap", *PREEMPTION_MODES)),
+        copy_block_s=rng.choice((0.0001, 0.002, 0.1)),
+        num_drafts=rng.choice((0, 0, 0, 1, 3)),
         policy=rng.choice(("fcfs", "fcfs", *POLICIES)),
         batching=rng.choice(("chunked", "chunked", *BATCHINGS)),
         asynchronous=rng.random() < 0.5,
@@ -152,6 +168,15 @@ def _draw_requests(rng: random.Random, setup: EngineSetup) -> list[Request]:
     return requests
 
 
+def _draw_siblings(rng: random.Random, request: Request) -> tuple[Request, ...]:
+    """Some clients want several answers to one prompt."""
+    count = rng.choice((0, 0, 0, 0, 0, 0, 1, 3))
+    name = request.request_id
+    return tuple(
+        msgspec.structs.replace(request, request_id=f"{name}.{i}") for i in range(1, count + 1)
+    )
+
+
 def _draw_options(
     rng: random.Random, salts: tuple[str | None, ...], deadlines: tuple[int | None, ...]
 ) -> RequestOptions:
@@ -174,7 +199,8 @@ def _draw_cancellations(rng: random.Random, arrivals: list[Arrive]) -> list[Acti
     actions: list[Action] = []
     for arrival in arrivals:
         if rng.random() < rate:
-            ids = rng.choices([a.request.request_id for a in arrivals], k=rng.choice((0, 0, 2)))
+            known = [r.request_id for a in arrivals for r in a.requests]
+            ids = rng.choices(known, k=rng.choice((0, 0, 2)))
             actions.append(
                 Cancel(
                     at_s=arrival.at_s + rng.expovariate(5.0),
@@ -207,7 +233,12 @@ def _draw_disturbances(rng: random.Random, setup: EngineSetup) -> list[Action]:
 def _draw_rates(rng: random.Random) -> dict[Fault, float]:
     """This seed's faults: none, one, some or all kinds, rare or frequent."""
     how_many = rng.choice((0.0, 0.1, 0.3, 1.0))
-    return {f: rng.choice((0.003, 0.02, 0.1)) for f in DRAWN_FAULTS if rng.random() < how_many}
+    rates: dict[Fault, float] = {
+        f: rng.choice((0.003, 0.02, 0.1)) for f in DRAWN_FAULTS if rng.random() < how_many
+    }
+    if Fault.LOST_BLOCK in rates:
+        rates[Fault.LOST_BLOCK] *= 5  # few steps copy anything that could be lost
+    return rates
 
 
 def _describe_failure(scenario: Scenario, engine: SimulatedEngine, error: Exception) -> str:

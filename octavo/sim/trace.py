@@ -34,6 +34,12 @@ class TracedStep:
                 lines.append(
                     f"new {new.sequence_id}: {len(new.token_ids)} tokens{cached}, {blocks}"
                 )
+            if self.plan.transfers:
+                moves = (
+                    f"{t.source_tier.name} {t.source} to {t.target_tier.name} {t.target}"
+                    for t in self.plan.transfers
+                )
+                lines.append(f"copied {', '.join(moves).lower()}")
             if self.plan.dropped:
                 lines.append(f"dropped {', '.join(self.plan.dropped)}")
         lines += [f"fault: {i.fault} ({', '.join(i.request_ids)})" for i in self.injections]

@@ -36,6 +36,7 @@ LAYERS = (
     "server",
     "sim",
     "testing",
+    "bench",
     "cli",
 )
 WITHOUT_TORCH = ("errors", "core", "config", "kvcache", "scheduler", "text", "server", "sim", "cli")

@@ -13,7 +13,7 @@ from helpers import (
     tokens_of,
 )
 
-from octavo.core import FinishReason, RequestOptions, SampledToken, StepResult
+from octavo.core import FinishReason, RequestOptions, SampledTokens, StepResult
 from octavo.errors import EngineDeadError
 from octavo.scheduler import BATCHINGS, POLICIES
 from octavo.sim import oracle_tokens
@@ -124,7 +124,7 @@ class NanExecutor:
         return StepResult(
             result.step,
             tuple(
-                SampledToken(s.sequence_id, -1, error="not finite")
+                SampledTokens(s.sequence_id, (), error="not finite")
                 if s.sequence_id == self._victim
                 else s
                 for s in result.sampled

@@ -80,7 +80,7 @@ def test_first_token_logits_are_within_a_thousandth(reference, prompts):
         sequence = NewSequence(
             "s", tuple(ids), len(ids), 0, tuple(range(128)), GREEDY, 0, frozenset()
         )
-        share = ScheduledTokens("s", len(ids), (), True)
+        share = ScheduledTokens("s", len(ids), 128, (), True)
         inputs = prepare_inputs((share,), [Row(sequence)], block_size=16, device="cpu")
         context = StepContext(inputs.positions, inputs.slots, inputs.attention, caches)
         logits = model.logits(model(inputs.token_ids, context)[-1:])[0]

@@ -7,7 +7,7 @@ import torch
 from helpers import create_core, create_request, create_scheduler, run_to_end, tokens_of
 
 from octavo.layers import kv_specs
-from octavo.runner import ModelRunner, allocate_kv_caches
+from octavo.runner import KVStorage, ModelRunner, allocate_kv_caches
 from octavo.testing.mock_model import MockModel, mock_next_token
 
 VOCAB_SIZE = 997
@@ -25,7 +25,7 @@ def create_runner(scheduler):
     )
     for cache in caches:
         cache.fill_(float("nan"))  # a slot that is read before it is written shows
-    return ModelRunner(model, caches, block_size=allocator.block_size, device="cpu")
+    return ModelRunner(model, KVStorage(caches), block_size=allocator.block_size, device="cpu")
 
 
 def expected_tokens(prompt, num_tokens):

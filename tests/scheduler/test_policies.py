@@ -162,7 +162,8 @@ def test_the_story_of_a_request_names_what_bound_it_and_for_how_long():
     clock.advance(0.412)
     assert scheduler.decisions.why("second")["second"] == [
         "waiting 0 ms: queued",
-        "waiting 412 ms: blocks (needed 3, free 2, 1 kept for running requests)",
+        "waiting 412 ms: blocks (needed 3, free 2, 1 kept for running requests; "
+        "next free in at most 4 steps)",
     ]
     assert scheduler.decisions.why("third")["third"] == ["waiting 412 ms: queued"]
     assert scheduler.stats().waiting_by_reason == {"blocks": 1, "queued": 1}

@@ -7,14 +7,27 @@ text, a client's view, a bound on steps); that nothing finds it would mean a bli
 import re
 
 import pytest
+from msgspec import structs
 
-from octavo.core import RequestEvent, StepPlan, StepResult
+from octavo.core import RequestEvent, StepPlan, StepResult, Tier
 from octavo.engine import EngineCore
 from octavo.kvcache import BlockPool
-from octavo.scheduler import POLICIES, PrefillSpeed, QueueBounds, SequenceSlots, TokenBudget
+from octavo.scheduler import (
+    POLICIES,
+    PrefillSpeed,
+    QueueBounds,
+    SequenceSlots,
+    TokenBudget,
+)
+from octavo.scheduler.siblings import Siblings
+from octavo.scheduler.waiting import WaitingRoom
 from octavo.sim import FakeExecutor, Parts
-from octavo.sim.faults import SqueezablePagedAllocator, SqueezablePrefixAllocator
-from octavo.sim.parts import InlineLauncher, create_scheduler
+from octavo.sim.faults import (
+    SqueezablePagedAllocator,
+    SqueezablePrefixAllocator,
+    SqueezableTieredAllocator,
+)
+from octavo.sim.parts import InlineLauncher, create_executor, create_scheduler
 from octavo.sim.swarm import SwarmFailure, quiet_engine, run_seed
 
 NUM_SEEDS = 500
@@ -29,7 +42,17 @@ def allocator_with(broken):
     class Prefix(broken, SqueezablePrefixAllocator):
         pass
 
+    class Tiered(broken, SqueezableTieredAllocator):
+        pass
+
     def create(setup):
+        if setup.num_host_blocks:
+            return Tiered(
+                setup.num_blocks,
+                setup.block_size,
+                num_host_blocks=setup.num_host_blocks,
+                num_disk_blocks=setup.num_disk_blocks,
+            )
         kind = Prefix if setup.prefix_caching else Paged
         return kind(setup.num_blocks, setup.block_size)
 
@@ -37,11 +60,12 @@ def allocator_with(broken):
 
 
 def executor_with(kind):
-    return Parts(
-        executor=lambda setup: kind(
-            num_blocks=setup.num_blocks, block_size=setup.block_size, vocab_size=setup.vocab_size
-        )
-    )
+    def create(setup):
+        executor = create_executor(setup)
+        executor.__class__ = kind
+        return executor
+
+    return Parts(executor=create)
 
 
 def core_with(kind):
@@ -78,9 +102,8 @@ class GivesTheSameBlockTwice:
 
 class TellsTheRunnerAnotherBlock:
     def extend(self, sequence, num_tokens):
-        return [
-            (block_id + 1) % self.num_blocks for block_id in super().extend(sequence, num_tokens)
-        ]
+        first = super().extend(sequence, num_tokens)
+        return min(first + 1, len(sequence.block_ids))
 
 
 class SkipsAPosition:
@@ -93,14 +116,14 @@ class SkipsAPosition:
 class KeepsStaleKeys:
     """A block that was given out for something else is still found by what it held before."""
 
-    def __init__(self, num_blocks, block_size):
-        super().__init__(num_blocks, block_size)
+    def __init__(self, *arguments, **sizes):
+        super().__init__(*arguments, **sizes)
 
         class Pool(BlockPool):
-            def _forget(self, block_id):
+            def forget(self, block_id):
                 pass
 
-        self._pool = Pool(num_blocks)
+        self._pool = Pool(self.num_blocks)
 
 
 class NamesBlocksTooEarly:
@@ -128,6 +151,72 @@ class ForgetsSalts:
             return super()._key(sequence, index)
         finally:
             sequence.request = salted
+
+
+class WritesToSharedBlocks:
+    """No copy on write: siblings write into each other's answers."""
+
+    def _must_copy(self, sequence):
+        return False
+
+
+class ForgetsToCopy:
+    """The copy of a shared block is given out, but nothing is copied."""
+
+    def take_transfers(self):
+        return tuple(t for t in super().take_transfers() if t.source_tier is not t.target_tier)
+
+
+class ForgetsTransfers:
+    """Blocks are given out as if they had been fetched from below."""
+
+    def take_transfers(self):
+        return tuple(t for t in super().take_transfers() if t.target_tier is not Tier.DEVICE)
+
+
+class SwapsTooLittle:
+    """The last block of a swapped sequence stays behind."""
+
+    def take_transfers(self):
+        return tuple(t for t in super().take_transfers() if t.key or t.target_tier is not Tier.HOST)
+
+
+class LeaksHostBlocks:
+    def _release(self, places):
+        super()._release(places[1:])
+
+
+class TrustsLostBlocks:
+    """A copy that failed is taken for done."""
+
+    def lose(self, transfers):
+        pass
+
+
+class HidesLosses(FakeExecutor):
+    def execute(self, plan):
+        result = super().execute(plan)
+        return StepResult(result.step, result.sampled)
+
+
+class TrustsDrafts(FakeExecutor):
+    """Every guess counts as right."""
+
+    def execute(self, plan):
+        result = super().execute(plan)
+        drafts = {share.sequence_id: share.draft_ids for share in plan.scheduled}
+        sampled = tuple(
+            structs.replace(s, token_ids=(*drafts[s.sequence_id], *s.token_ids[-1:]))
+            for s in result.sampled
+        )
+        return structs.replace(result, sampled=sampled)
+
+
+class LosesSiblings(Siblings):
+    """Nobody tells those who wait that their prompt is computed."""
+
+    def released(self):
+        return []
 
 
 class ForgetsToDrop(FakeExecutor):
@@ -246,13 +335,22 @@ class NoBounds(QueueBounds):
         pass
 
 
-def scheduler_with(*, queue=None, constraint=None, replaces=None, bounds=None):
+def scheduler_with(*, queue=None, constraint=None, replaces=None, bounds=None, siblings=None):
     """Parts whose scheduler has another queue, other bounds, or one constraint for another."""
 
     def create(allocator, setup, clock):
         scheduler = create_scheduler(allocator, setup, clock)
         if queue is not None and setup.policy == "fcfs":
-            scheduler._waiting = queue()
+            scheduler._waiting = WaitingRoom(queue())
+        if siblings is not None:
+            add = scheduler.add
+
+            def add_broken(*requests):
+                add(*requests)
+                for group in scheduler._siblings.values():
+                    group.__class__ = siblings
+
+            scheduler.add = add_broken
         if bounds is not None:
             scheduler._bounds = bounds(PrefillSpeed())
         if constraint is not None:
@@ -276,6 +374,15 @@ PLANTED = {
     "block twice in a table": allocator_with(GivesTheSameBlockTwice),
     "wrong block": allocator_with(TellsTheRunnerAnotherBlock),
     "wrong position": allocator_with(SkipsAPosition),
+    "no copy on write": allocator_with(WritesToSharedBlocks),
+    "copy on write not copied": allocator_with(ForgetsToCopy),
+    "blocks not fetched": allocator_with(ForgetsTransfers),
+    "swapped block forgotten": allocator_with(SwapsTooLittle),
+    "leaked host block": allocator_with(LeaksHostBlocks),
+    "lost block still found": allocator_with(TrustsLostBlocks),
+    "lost block not told": executor_with(HidesLosses),
+    "drafts not checked": executor_with(TrustsDrafts),
+    "siblings forgotten": scheduler_with(siblings=LosesSiblings),
     "wrong slot": executor_with(WritesToTheWrongSlot),
     "stale prefix key": allocator_with(KeepsStaleKeys),
     "prefix named too early": allocator_with(NamesBlocksTooEarly),

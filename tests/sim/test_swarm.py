@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from octavo.core import FinishReason
+from octavo.core import FinishReason, Tier
 from octavo.engine import EngineCore
 from octavo.scheduler import BATCHINGS, POLICIES
 from octavo.sim import Fault, Parts
@@ -26,6 +26,15 @@ def test_every_promise_holds(first):
         run_seed(seed)
 
 
+def tiers_used(engine):
+    """What moved between the tiers in a run, by the stories and the allocator's own books."""
+    stories = engine.scheduler.decisions.why("").values()
+    used = Counter(swapped=sum("host memory" in line for story in stories for line in story))
+    used["to disk"] = engine.moves[Tier.HOST, Tier.DISK]
+    used["from disk"] = engine.moves[Tier.DISK, Tier.DEVICE]
+    return used
+
+
 def test_the_swarm_reaches_every_corner():
     """A test that never preempts proves nothing about preemption."""
     seen = Counter()
@@ -38,16 +47,23 @@ def test_the_swarm_reaches_every_corner():
         seen[setup.policy] += 1
         seen[setup.batching] += 1
         seen["asynchronous"] += setup.asynchronous
+        seen["siblings"] += any("." in c.request.request_id for c in engine.history.clients)
+        seen["drafts"] += setup.num_drafts > 0
+        seen["lost blocks"] += engine.history.num_injected[Fault.LOST_BLOCK]
+        seen.update(tiers_used(engine))
         for client in engine.history.clients:
             seen[client.end] += 1
             seen[client.fault] += client.fault is not None
             seen["prefix hits"] += client.num_cached_tokens > 0
             seen["aborted after a token"] += client.cancelled and client.num_output_tokens > 0
-    touching = set(Fault) - {Fault.SLOW}  # a slow step changes nobody's outcome
+    # A slow step changes nobody's outcome, nor does a block that is computed again.
+    touching = set(Fault) - {Fault.SLOW, Fault.LOST_BLOCK}
     every = {*touching, *FinishReason, *POLICIES, *BATCHINGS}
     assert not [what for what in every if not seen[what]]
     assert seen["engines that died"] >= 1
     assert seen["preemptions"] >= 50
+    assert min(seen["siblings"], seen["drafts"]) >= 100
+    assert min(seen["swapped"], seen["to disk"], seen["from disk"], seen["lost blocks"]) >= 5
     assert min(seen["refused"], seen["prefix hits"], seen["asynchronous"]) >= 100
     assert seen["aborted after a token"] >= 20
 

@@ -1,0 +1,1 @@
+"""Measurements of whole engines: recordings, ladders, and what they are measured on."""

@@ -1,0 +1,28 @@
+"""`octavo bench`: measurements of the engine and its parts, each a command of its own."""
+
+import argparse
+from types import ModuleType
+
+from octavo.cli import bench_ladder, bench_memory, bench_record
+
+HELP = "measure the engine and its parts"
+
+BENCHES: dict[str, ModuleType] = {
+    "record": bench_record,
+    "ladder": bench_ladder,
+    "memory": bench_memory,
+}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """A sub-command for each measurement."""
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="BENCH")
+    for name, module in BENCHES.items():
+        bench = benches.add_parser(name, help=module.HELP, description=module.HELP)
+        module.add_flags(bench)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the measurement that was asked for."""
+    status: int = BENCHES[arguments.bench].run(arguments)
+    return status

@@ -1,0 +1,390 @@
+"""Where an engine's memory goes, computed from shapes before anything is loaded.
+
+Owns the arithmetic of weights, KV cache and activations as our layers and kernels lay them out.
+Knows no torch and no devices' names; `octavo.engine.memory_report` holds its numbers to measured
+ones, and `octavo.config.capacity` turns a KV cache into sequences.
+"""
+
+import math
+from collections.abc import Set
+from dataclasses import dataclass
+
+from octavo.config.capacity import Pool
+from octavo.config.resolve import DTYPE_BYTES, ResolvedConfig
+
+FP32, FP64 = 4, 8  # bytes
+
+# Ops that have a compiled version, by device (`Op.names` knows them, but needs torch). A compiled
+# op allocates its result and nothing else; a reference in plain torch also holds the intermediate
+# values that its moments below list.
+COMPILED_OPS: dict[str, frozenset[str]] = {
+    "cpu": frozenset({"linear", "paged_attention", "rms_norm", "rotary_kv_write", "silu_mul"}),
+    "cuda": frozenset({"paged_attention", "rms_norm", "rotary_kv_write", "silu_mul"}),
+}
+
+# The packed layout of `octavo.kernels.linear`: rows of a weight are padded to whole panels, and
+# its columns to this many.
+PANEL_ROWS = 16
+PACKED_DEPTH_STEP = {"bfloat16": 32, "float32": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightGroup:
+    """All weights of one kind, over all layers."""
+
+    kind: str
+    num_parameters: int
+    num_bytes: int
+    layout: str  # how they are stored
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayers:
+    """The layers that keep the same things of a token."""
+
+    kind: str
+    num_layers: int
+    bytes_per_token_and_layer: int
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token over these layers."""
+        return self.num_layers * self.bytes_per_token_and_layer
+
+
+@dataclass(frozen=True, slots=True)
+class LiveTensor:
+    """A tensor that is alive at some moment of a step."""
+
+    name: str
+    shape: tuple[int, ...]
+    itemsize: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Its storage."""
+        return math.prod(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A point of the step where memory may be highest, and what is alive there."""
+
+    name: str
+    tensors: tuple[LiveTensor, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Sum over the tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceBudget:
+    """What a device has, and what is gone before the engine allocates anything."""
+
+    name: str
+    total_bytes: int
+    usable_bytes: int  # what engine and others may fill together
+    others_bytes: int  # CUDA context, other processes
+    workspace_bytes: int = 0  # what cuBLAS takes from torch's allocator at the first product
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The whole plan. Everything is in bytes or tokens."""
+
+    budget: DeviceBudget
+    weights: tuple[WeightGroup, ...]
+    kv_layers: tuple[KVLayers, ...]
+    moments: tuple[Moment, ...]
+    kv_cache_bytes: int  # negative where nothing is left: what is missing
+    block_size: int
+    kv_allocator: str  # `CacheOptions.kv_allocator`
+    max_num_seqs: int
+    max_model_len: int  # the context that was asked for, or the checkpoint's
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that were learned."""
+        return sum(group.num_parameters for group in self.weights)
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights and tables, as they are stored."""
+        return sum(group.num_bytes for group in self.weights)
+
+    @property
+    def peak(self) -> Moment:
+        """The moment of the largest step that needs most."""
+        return max(self.moments, key=lambda moment: moment.num_bytes)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What the largest step needs at its peak, the workspace of cuBLAS included."""
+        return self.peak.num_bytes + self.budget.workspace_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of one token over all layers."""
+        return sum(layers.bytes_per_token for layers in self.kv_layers)
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV cache; 0 where it has no room."""
+        return max(self.kv_cache_bytes, 0) // (self.kv_bytes_per_token * self.block_size)
+
+    @property
+    def kv_pool_bytes(self) -> int:
+        """Bytes of the whole blocks that are allocated."""
+        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+
+    @property
+    def num_kv_tokens(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.num_blocks * self.block_size
+
+    @property
+    def largest_context(self) -> int:
+        """The longest sequence that can run alone."""
+        run = self.num_blocks
+        if self.kv_allocator == "contiguous-buddy":
+            run = 1 << run.bit_length() >> 1  # one run of a power of two
+        return min(run * self.block_size, self.max_model_len)
+
+    @property
+    def pool(self) -> Pool:
+        """The KV cache as sequences see it."""
+        return Pool(self.num_blocks, self.block_size, self.kv_allocator, self.largest_context)
+
+    @property
+    def unused_bytes(self) -> int:
+        """What is left of the device when all is allocated."""
+        used = self.weight_bytes + self.activation_bytes + max(self.kv_cache_bytes, 0)
+        return self.budget.total_bytes - self.budget.others_bytes - used
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the device lacks for the plan; 0 where it fits."""
+        return max(-self.kv_cache_bytes, -self.unused_bytes, 0)
+
+
+def plan_memory(
+    config: ResolvedConfig, budget: DeviceBudget, *, compiled: Set[str] | None = None
+) -> MemoryPlan:
+    """The plan of an engine that has not allocated anything yet.
+
+    Args:
+        config: as `resolve` made it. Without `kv_cache_bytes`, the KV cache gets what is left.
+        budget: the device.
+        compiled: the ops that run compiled; default: `expected_ops`.
+    """
+    compiled = expected_ops(config) if compiled is None else compiled
+    weights = plan_weights(config, packed="linear" in compiled and config.device == "cpu")
+    moments = plan_moments(config, compiled)
+    kv_cache_bytes = config.kv_cache_bytes
+    if kv_cache_bytes is None:
+        taken = sum(group.num_bytes for group in weights) + budget.workspace_bytes
+        taken += max(moment.num_bytes for moment in moments) + budget.others_bytes
+        kv_cache_bytes = budget.usable_bytes - taken
+    return MemoryPlan(
+        budget=budget,
+        weights=weights,
+        kv_layers=plan_kv_layers(config),
+        moments=moments,
+        kv_cache_bytes=kv_cache_bytes,
+        block_size=config.block_size,
+        kv_allocator=config.kv_allocator,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+    )
+
+
+def expected_ops(config: ResolvedConfig) -> frozenset[str]:
+    """The ops that should run compiled: by device and dtype, for shapes that kernels support."""
+    if config.device == "cpu" and config.dtype not in PACKED_DEPTH_STEP:
+        return frozenset()
+    return COMPILED_OPS[config.device]
+
+
+def plan_weights(config: ResolvedConfig, *, packed: bool) -> tuple[WeightGroup, ...]:
+    """Weights by kind. A packed weight replaces the plain one; a tied matrix is stored once."""
+    model, itemsize = config.model, DTYPE_BYTES[config.dtype]
+    hidden, inner, layers = model.hidden_size, model.intermediate_size, model.num_layers
+    query, key = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    layout = f"{config.dtype}, packed for the CPU" if packed else f"{config.dtype}, plain"
+
+    def group(
+        kind: str, *matrices: tuple[int, int], biases: int = 0, copies: int = 1
+    ) -> WeightGroup:
+        num_stored = sum(_stored(*m, config.dtype) if packed else math.prod(m) for m in matrices)
+        num_parameters = sum(map(math.prod, matrices)) + biases
+        return WeightGroup(
+            kind, copies * num_parameters, copies * (num_stored + biases) * itemsize, layout
+        )
+
+    vocabulary = (model.vocab_size, hidden)
+    num_embedded = math.prod(vocabulary)
+    plain = f"{config.dtype}, plain"
+    outer = [group("embedding, also the output head", vocabulary)]
+    if not model.tie_word_embeddings:
+        embedding = WeightGroup("embedding", num_embedded, num_embedded * itemsize, plain)
+        outer = [embedding, group("output head", vocabulary)]
+    num_norms = (2 * layers + 1) * hidden
+    table_bytes = config.max_model_len * model.head_dim * FP32
+    return (
+        *outer,
+        group(
+            "attention",
+            (query + 2 * key, hidden),
+            (hidden, query),
+            biases=(query + 2 * key + hidden) * model.attention_bias,
+            copies=layers,
+        ),
+        group(
+            "MLP",
+            (2 * inner, hidden),
+            (hidden, inner),
+            biases=(2 * inner + hidden) * model.mlp_bias,
+            copies=layers,
+        ),
+        WeightGroup("norms", num_norms, num_norms * itemsize, plain),
+        WeightGroup("table of rotary angles", 0, table_bytes, "float32, one for all layers"),
+    )
+
+
+def _stored(rows: int, columns: int, dtype: str) -> int:
+    """Numbers in the packed layout of a weight, padding included."""
+    step = PACKED_DEPTH_STEP[dtype]
+    return -(-rows // PANEL_ROWS) * PANEL_ROWS * (-(-columns // step) * step)
+
+
+def plan_kv_layers(config: ResolvedConfig) -> tuple[KVLayers, ...]:
+    """What layers keep of each token: here a key and a value for every key/value head."""
+    model = config.model
+    num_values = 2 * model.num_kv_heads * model.head_dim
+    num_bytes = num_values * DTYPE_BYTES[config.dtype]
+    return (KVLayers("full attention", model.num_layers, num_bytes),)
+
+
+def largest_step(config: ResolvedConfig) -> tuple[int, int]:
+    """(tokens, sequences) of the largest step that the limits allow."""
+    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+    return min(config.max_num_batched_tokens, num_seqs * config.max_model_len), num_seqs
+
+
+def plan_moments(config: ResolvedConfig, compiled: Set[str]) -> tuple[Moment, ...]:
+    """The moments of the largest step where memory may be highest.
+
+    Each sequence has an equal share of the tokens and draws its next one at a temperature. That is
+    the step which a GPU engine runs before it sizes its KV cache. Left out are a few numbers for
+    each token (ids, positions, slots), what kernels allocate past torch, and what `logprobs` and
+    filters of the distribution add to a draw.
+    """
+    num_tokens, num_rows = largest_step(config)
+    size = DTYPE_BYTES[config.dtype]
+    stream = (num_tokens, config.model.hidden_size)
+    # The decoder's loop holds the block's arguments while the block runs. A compiled norm adds to
+    # the residual in place; the reference makes a new one.
+    held = [LiveTensor("block's input", stream, size), LiveTensor("residual", stream, size)]
+    if "rms_norm" not in compiled:
+        held.append(LiveTensor("residual before the norm", stream, size))
+    return (
+        *_reference_norm(stream, size, held, compiled),
+        *_attention_moments(config, held, -(-num_tokens // num_rows), compiled),
+        _mlp_moment(config, held, compiled),
+        _draw_moment(config, held[0], num_rows),
+    )
+
+
+def _reference_norm(
+    stream: tuple[int, int], size: int, held: list[LiveTensor], compiled: Set[str]
+) -> tuple[Moment, ...]:
+    if "rms_norm" in compiled:
+        return ()
+    # In fp32 there is nothing to convert: the wide copy and the rounded one are views.
+    copies = 1 if size == FP32 else 2
+    tensors = [
+        LiveTensor("attention's output", stream, size),
+        LiveTensor("residual after attention", stream, size),
+        LiveTensor("wide and normed in fp32", (copies, *stream), FP32),
+        LiveTensor("rounded, and times the weight", (copies, *stream), size),
+    ]
+    return (Moment("norm in plain torch", (*held, *tensors)),)
+
+
+def _attention_moments(
+    config: ResolvedConfig, held: list[LiveTensor], chunk: int, compiled: Set[str]
+) -> tuple[Moment, ...]:
+    """`chunk` tokens of each sequence, which have no context before them."""
+    model, size = config.model, DTYPE_BYTES[config.dtype]
+    num_tokens, dim = held[0].shape[0], model.head_dim
+    num_qkv_heads = model.num_heads + 2 * model.num_kv_heads
+    before = (
+        *held,
+        LiveTensor("normed input", (num_tokens, model.hidden_size), size),
+        LiveTensor("queries, keys, values", (num_tokens, num_qkv_heads, dim), size),
+    )
+    attended = LiveTensor("attended values", (num_tokens, model.num_heads, dim), size)
+    output = LiveTensor("attention's output", (num_tokens, model.hidden_size), size)
+    moments = [Moment("attention", (*before, attended, output))]
+    if "rotary_kv_write" not in compiled:
+        # The fp32 copy (a view where the dtype is fp32), and one half's two products, their sum
+        # and the finished other half.
+        copies = 1 if size == FP32 else 2
+        turned = LiveTensor(
+            "rotated queries in fp32", (copies + 1, num_tokens, model.num_heads, dim), FP32
+        )
+        moments.append(Moment("rotation in plain torch", (*before, turned)))
+    if "paged_attention" not in compiled:
+        # One sequence at a time, at the product of its probabilities with its values. Queries are
+        # a view where the dtype is fp32.
+        copies = 2 if size == FP32 else 3
+        moments.append(
+            Moment(
+                "attention in plain torch",
+                (
+                    *before,
+                    attended,
+                    LiveTensor(
+                        "keys and values in fp32", (2, model.num_kv_heads, chunk, dim), FP32
+                    ),
+                    LiveTensor(
+                        "each head's queries, values and result in fp32",
+                        (copies, model.num_heads, chunk, dim),
+                        FP32,
+                    ),
+                    LiveTensor("scores, probabilities", (2, model.num_heads, chunk, chunk), FP32),
+                ),
+            )
+        )
+    return tuple(moments)
+
+
+def _mlp_moment(config: ResolvedConfig, held: list[LiveTensor], compiled: Set[str]) -> Moment:
+    size, num_tokens = DTYPE_BYTES[config.dtype], held[0].shape[0]
+    inner = (num_tokens, config.model.intermediate_size)
+    tensors = [
+        LiveTensor("normed input", (num_tokens, config.model.hidden_size), size),
+        LiveTensor("gate and up", (2, *inner), size),
+        LiveTensor("silu(gate) * up", inner, size),
+    ]
+    if "silu_mul" not in compiled:
+        tensors.append(LiveTensor("silu(gate)", inner, size))
+    return Moment("MLP", (*held, *tensors))
+
+
+def _draw_moment(config: ResolvedConfig, stream: LiveTensor, num_rows: int) -> Moment:
+    logits = (num_rows, config.model.vocab_size)
+    hidden = LiveTensor("hidden states", stream.shape, stream.itemsize)
+    # Always above the output head, where logits stand beside their fp32 copy.
+    return Moment(
+        "draw",
+        (
+            hidden,
+            LiveTensor("logits in fp32", logits, FP32),
+            LiveTensor("logits over temperature", logits, FP32),
+            LiveTensor("the same in fp64", logits, FP64),
+            LiveTensor("probabilities in fp64", logits, FP64),
+        ),
+    )

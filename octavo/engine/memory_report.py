@@ -1,0 +1,188 @@
+"""Holds the memory plan to what an engine really took.
+
+Owns the measuring: torch's allocator on a GPU, storages that are alive on a CPU. The plan itself
+is `octavo.config.memory_plan`'s, and this module changes nothing in an engine.
+"""
+
+import gc
+import logging
+import types
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.config import DeviceFacts, ResolvedConfig
+from octavo.config.memory_plan import plan_memory
+from octavo.config.planned_devices import device_budget
+from octavo.core import Request, SamplingParams
+from octavo.engine.core import EngineCore
+
+logger = logging.getLogger(__name__)
+
+MIB = 2**20
+TOLERANCE = 0.05
+
+# Not followed in the search for tensors: their globals reach the whole process.
+_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One line: what was planned and what was found, or None where nothing was measured."""
+
+    what: str
+    planned_bytes: int
+    measured_bytes: int | None
+
+    @property
+    def error(self) -> float | None:
+        """(planned - measured) / measured."""
+        if not self.measured_bytes:
+            return None
+        return self.planned_bytes / self.measured_bytes - 1
+
+    def __str__(self) -> str:
+        planned = f"{self.planned_bytes / MIB:.1f} MiB"
+        if self.measured_bytes is None or self.error is None:
+            return f"{self.what} {planned} planned"
+        return f"{self.what} {planned} planned, {self.measured_bytes / MIB:.1f} measured"
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Planned against measured."""
+
+    lines: tuple[Comparison, ...]
+
+    @property
+    def total(self) -> Comparison:
+        """The sum over the lines that were measured."""
+        measured = [line for line in self.lines if line.measured_bytes is not None]
+        return Comparison(
+            "total",
+            sum(line.planned_bytes for line in measured),
+            sum(line.measured_bytes or 0 for line in measured),
+        )
+
+    @property
+    def largest_error(self) -> float:
+        """Of all measured lines, without sign."""
+        return max(abs(line.error or 0.0) for line in (*self.lines, self.total))
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, (*self.lines, self.total)))
+
+
+class MemoryMeter:
+    """Plans an engine's memory before it is built, and reads what it holds while it is.
+
+    Sole writer: `build_engine`, which calls the methods in their order here.
+    """
+
+    def __init__(self, config: ResolvedConfig, facts: DeviceFacts):
+        self._on_gpu = config.device == "cuda"
+        major = torch.cuda.get_device_capability()[0] if self._on_gpu else 0
+        budget = device_budget(
+            facts, major=major, utilization=config.gpu_memory_utilization, has_context=True
+        )
+        self.plan = plan_memory(config, budget)
+        self._start = torch.cuda.memory_allocated() if self._on_gpu else 0
+        self._before_kv = 0
+        self._weights = 0
+        self._activations: int | None = None
+
+    def weights_are_laid_out(self, model: object) -> None:
+        """The model is there and nothing else."""
+        now = torch.cuda.memory_allocated() if self._on_gpu else reachable_bytes(model)
+        self._weights = now - self._start
+        self._before_kv = now
+
+    def step_was_profiled(self) -> None:
+        """A GPU ran the largest step since its peak was reset; the KV cache is still to come."""
+        self._activations = torch.cuda.max_memory_allocated() - self._before_kv
+        self._before_kv = torch.cuda.memory_allocated()
+
+    def report(self, runner: object) -> MemoryReport:
+        """Everything is allocated: compare and log."""
+        now = torch.cuda.memory_allocated() if self._on_gpu else reachable_bytes(runner)
+        report = MemoryReport(
+            (
+                Comparison("weights", self.plan.weight_bytes, self._weights),
+                Comparison("activations", self.plan.activation_bytes, self._activations),
+                Comparison("KV cache", self.plan.kv_pool_bytes, now - self._before_kv),
+            )
+        )
+        level = logging.INFO if report.largest_error <= TOLERANCE else logging.WARNING
+        logger.log(level, "memory: %s", report)
+        return report
+
+
+def reachable_bytes(root: object) -> int:
+    """Bytes of the tensor storages that `root` leads to, each counted once."""
+    seen: set[int] = set()
+    storages: dict[int, int] = {}
+    waiting = [root]
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or isinstance(found, _CODE):
+            continue
+        seen.add(id(found))
+        if isinstance(found, Tensor):
+            storage = found.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+        else:
+            waiting += gc.get_referents(found)
+    return sum(storages.values())
+
+
+def with_activations(report: MemoryReport, measured_bytes: int) -> MemoryReport:
+    """The report with a peak that was measured after the start."""
+    lines = (
+        Comparison(line.what, line.planned_bytes, measured_bytes)
+        if line.what == "activations"
+        else line
+        for line in report.lines
+    )
+    return MemoryReport(tuple(lines))
+
+
+def measure_largest_step(core: EngineCore, config: ResolvedConfig) -> int:
+    """Run the step that the plan counts on an idle engine; return the peak of what it allocates.
+
+    On a GPU it must be the engine's first step, or cuBLAS has its workspace already. On a CPU
+    torch's profiler watches every allocation, which takes seconds.
+    """
+    num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+    share, rest = divmod(config.max_num_batched_tokens, num_seqs)
+    for i in range(num_seqs):
+        length = min(share + (i < rest), config.max_model_len - 1)
+        prompt = [(i + j) % config.model.vocab_size for j in range(length)]
+        sampling = SamplingParams(max_tokens=1, temperature=1.0)
+        core.add(
+            Request(
+                request_id=f"largest-step-{i}", prompt_token_ids=prompt, sampling=sampling, seed=0
+            )
+        )
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _run_to_end(core)
+        return torch.cuda.max_memory_allocated() - before
+    # Imported here because only this command needs it.
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _run_to_end(core)
+    results = profiler.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()  # negative where memory is given back
+        peak = max(peak, alive)
+    return peak
+
+
+def _run_to_end(core: EngineCore) -> None:
+    while core.has_work:
+        core.step()

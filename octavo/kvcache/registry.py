@@ -1,0 +1,27 @@
+"""The ladder of allocators by name, from one run for each sequence to shared pages."""
+
+from octavo.errors import ConfigError
+from octavo.kvcache.allocator import Allocator, PagedAllocator, PrefixAllocator
+from octavo.kvcache.contiguous import BuddyAllocator, ContiguousAllocator
+
+ALLOCATORS = ("contiguous", "contiguous-buddy", "paged", "paged+prefix")
+
+
+def create_allocator(
+    name: str, num_blocks: int, block_size: int, *, max_model_len: int
+) -> Allocator:
+    """The allocator of this name over a pool of `num_blocks` blocks.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    match name:
+        case "contiguous":
+            return ContiguousAllocator(num_blocks, block_size, max_model_len=max_model_len)
+        case "contiguous-buddy":
+            return BuddyAllocator(num_blocks, block_size)
+        case "paged":
+            return PagedAllocator(num_blocks, block_size)
+        case "paged+prefix":
+            return PrefixAllocator(num_blocks, block_size)
+    raise ConfigError(f"no allocator is called {name!r}; there are: {', '.join(ALLOCATORS)}")
