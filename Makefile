@@ -3,11 +3,13 @@ PYTHON ?= python3
 # On a CPU machine this pins torch's CPU build; set TORCH="torch==2.11.0" and the like for others.
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
+FIRST ?= 0
+SEEDS ?= 100000
 # Idle OpenMP threads give their core up sooner: two programs on two cores do not wait for spinners.
 export GOMP_SPINCOUNT ?= 1000
 INSTALLED := .venv/.installed
 
-.PHONY: help run test check unit docs bench-cpu bench-kernels clean
+.PHONY: help run test check unit soak docs bench-cpu bench-kernels clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -25,6 +27,9 @@ check: $(INSTALLED)  ## linter, formatter and types
 	$(BIN)/ruff check octavo tests benchmarks
 	$(BIN)/ruff format --check octavo tests benchmarks
 	$(BIN)/mypy
+
+soak: $(INSTALLED)  ## seeds of simulated engines, FIRST (0) and SEEDS (100000) of them: some minutes
+	$(BIN)/python -m octavo.sim.swarm --seeds $(FIRST) $$(( $(FIRST) + $(SEEDS) ))
 
 docs: $(INSTALLED)  ## write the pages that are made from the code
 	$(BIN)/python -m octavo.cli.reference > docs/flags.md

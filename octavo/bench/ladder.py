@@ -49,9 +49,9 @@ class LadderSizes(EngineSizes):
     of such contexts, so that whoever reserves whole contexts runs short. Its fields are flags.
     """
 
-    num_blocks: int = option(256, "KV blocks in the pool")
+    num_blocks: int = option(128, "KV blocks in the pool")
     max_model_len: int = option(512, "longest prompt and output together, in tokens")
-    max_num_seqs: int = option(16, "sequences that run at once")
+    max_num_seqs: int = option(8, "sequences that run at once")
 
 
 @dataclass(frozen=True, slots=True)

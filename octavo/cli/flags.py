@@ -20,7 +20,11 @@ SAMPLING_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("repetition_penalty", float, "divides the logits of tokens seen before"),
     ("seed", int, "the same seed gives the same text"),
     ("max_tokens", int, "most tokens to generate"),
+    ("use_beam_search", bool, "keep the likeliest continuations instead of drawing tokens"),
+    ("beam_width", int, "how many continuations a beam search keeps"),
+    ("length_penalty", float, "a beam search prefers longer answers above 0, shorter ones below"),
 )
+SAMPLING_NAMES = (*(name for name, _, _ in SAMPLING_FLAGS), "stop")
 
 
 def flag(name: str) -> str:
@@ -96,12 +100,14 @@ def add_sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None
     group = parser.add_argument_group("sampling")
     for name, kind, text in SAMPLING_FLAGS:
         shown = f" (default: {defaults[name]})" if name in defaults else ""
+        takes: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
+        if kind is bool:
+            takes = {"action": "store_true"}
         group.add_argument(
             flag(name),
-            type=kind,
-            metavar=kind.__name__.upper(),
             default=defaults.get(name, argparse.SUPPRESS),
             help=text + shown,
+            **takes,
         )
     group.add_argument(
         "--stop",
@@ -114,8 +120,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None
 
 def sampling_values(arguments: argparse.Namespace) -> dict[str, Any]:
     """The sampling options that the flags ask for."""
-    names = [name for name, _, _ in SAMPLING_FLAGS] + ["stop"]
-    return {name: value for name, value in vars(arguments).items() if name in names}
+    return {name: value for name, value in vars(arguments).items() if name in SAMPLING_NAMES}
 
 
 def sampling_params(arguments: argparse.Namespace, **changes: Any) -> SamplingParams:

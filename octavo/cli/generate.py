@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from octavo.cli.flags import (
-    SAMPLING_FLAGS,
+    SAMPLING_NAMES,
     add_engine_flags,
     add_sampling_flags,
     engine_values,
@@ -104,8 +104,7 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 def _line_sampling(
     line: dict[str, Any], number: int, arguments: argparse.Namespace
 ) -> SamplingParams:
-    names = [name for name, _, _ in SAMPLING_FLAGS] + ["stop"]
-    own = {name: line[name] for name in names if name in line}
+    own = {name: line[name] for name in SAMPLING_NAMES if name in line}
     try:
         return SamplingParams(**(sampling_values(arguments) | own))
     except RequestError as error:

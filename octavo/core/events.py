@@ -30,4 +30,5 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_generation_tokens: int  # sampled since start
     num_prefix_queries: int = 0  # prompt tokens looked up in the prefix cache since start
     num_prefix_hits: int = 0  # and those found there
+    num_transfers: dict[str, int] = {}  # KV blocks copied since start, by "source_to_target" tier
     waiting_by_reason: dict[str, int] = {}  # who waits, by the constraint that binds them

@@ -69,6 +69,7 @@ class Sequence:
         "num_preemptions",
         "num_prompt_tokens",
         "request",
+        "shares_blocks",
         "status",
         "stop_ids",
         "swapped",
@@ -98,9 +99,11 @@ class Sequence:
         self.num_preemptions = 0
         self.num_cached_tokens = 0  # of the prompt, found in the prefix cache at first admission
         self.is_known = False  # the runner has it as it is here
-        # Written by the allocator alone: the block table, the names of its full blocks as far as
-        # they were needed, how many blocks can be found by theirs, and what lies in host memory.
+        # Written by the allocator alone: the block table, whether another sequence may hold its
+        # last block, the names of its full blocks as far as they were needed, how many blocks can
+        # be found by theirs, and what lies in host memory.
         self.block_ids: list[int] = []
+        self.shares_blocks = False
         self.block_keys: list[bytes] = []
         self.num_named_blocks = 0
         self.swapped: Swapped | None = None

@@ -118,9 +118,8 @@ def build_engine(
         asynchronous=config.async_scheduling,
         check_integrity=check_integrity,
     )
-    return BuiltEngine(
-        core, checkpoint, config, num_blocks, kernels, memory.report(runner), storage
-    )
+    report = memory.report(runner, host_kv_bytes=storage.host_bytes)
+    return BuiltEngine(core, checkpoint, config, num_blocks, kernels, report, storage)
 
 
 def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:

@@ -88,6 +88,7 @@ class MemoryMeter:
         )
         self.plan = plan_memory(config, budget)
         self._start = torch.cuda.memory_allocated() if self._on_gpu else 0
+        self._host_kv_bytes = config.num_host_blocks * config.kv_block_bytes
         self._before_kv = 0
         self._weights = 0
         self._activations: int | None = None
@@ -103,16 +104,20 @@ class MemoryMeter:
         self._activations = torch.cuda.max_memory_allocated() - self._before_kv
         self._before_kv = torch.cuda.memory_allocated()
 
-    def report(self, runner: object) -> MemoryReport:
-        """Everything is allocated: compare and log."""
-        now = torch.cuda.memory_allocated() if self._on_gpu else reachable_bytes(runner)
-        report = MemoryReport(
-            (
-                Comparison("weights", self.plan.weight_bytes, self._weights),
-                Comparison("activations", self.plan.activation_bytes, self._activations),
-                Comparison("KV cache", self.plan.kv_pool_bytes, now - self._before_kv),
-            )
-        )
+    def report(self, runner: object, *, host_kv_bytes: int = 0) -> MemoryReport:
+        """Everything is allocated, of it so much for KV blocks on the host: compare and log."""
+        if self._on_gpu:
+            now = torch.cuda.memory_allocated()
+        else:
+            now = reachable_bytes(runner) - host_kv_bytes
+        lines = [
+            Comparison("weights", self.plan.weight_bytes, self._weights),
+            Comparison("activations", self.plan.activation_bytes, self._activations),
+            Comparison("KV cache", self.plan.kv_pool_bytes, now - self._before_kv),
+        ]
+        if self._host_kv_bytes:
+            lines.append(Comparison("KV on the host", self._host_kv_bytes, host_kv_bytes))
+        report = MemoryReport(tuple(lines))
         level = logging.INFO if report.largest_error <= TOLERANCE else logging.WARNING
         logger.log(level, "memory: %s", report)
         return report

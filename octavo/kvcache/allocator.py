@@ -110,7 +110,9 @@ class PagedAllocator:
 
     def num_missing_blocks(self, sequence: Sequence, num_tokens: int) -> int:
         missing = -(-num_tokens // self.block_size) - len(sequence.block_ids)
-        return max(0, missing) + self._must_copy(sequence)
+        if missing < 0:
+            missing = 0
+        return missing + 1 if sequence.shares_blocks and self._must_copy(sequence) else missing
 
     def num_stranded_blocks(self, sequence: Sequence) -> int:
         """None: any free block will do."""
@@ -129,6 +131,7 @@ class PagedAllocator:
         if not parent.block_ids or num_tokens <= 0:
             return 0
         self._share(sequence, parent.block_ids[: -(-num_tokens // self.block_size)])
+        parent.shares_blocks = True
         return num_tokens
 
     def stop(self, sequence: Sequence) -> None:
@@ -144,7 +147,7 @@ class PagedAllocator:
     def extend(self, sequence: Sequence, num_tokens: int) -> int:
         first = len(sequence.block_ids)
         if missing := self.num_missing_blocks(sequence, num_tokens):
-            copies = self._must_copy(sequence)
+            copies = sequence.shares_blocks and self._must_copy(sequence)
             added = self._pool.take(missing)
             if copies:
                 first = sequence.num_computed_tokens // self.block_size
@@ -180,6 +183,7 @@ class PagedAllocator:
         for block_id in block_ids:
             self._pool.share(block_id)
         sequence.block_ids = list(block_ids)
+        sequence.shares_blocks = True
 
     def _must_copy(self, sequence: Sequence) -> bool:
         """Whether the block that the sequence writes to next is not its alone."""

@@ -61,6 +61,11 @@ class KVStorage:
         )
         self._disk = disk
 
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the host tier."""
+        return self._host.nbytes
+
     def transfer(self, transfers: tuple[Transfer, ...]) -> tuple[tuple[int, ...], float]:
         """Make these copies in order; return the indices of those that failed, and the seconds."""
         if not transfers:

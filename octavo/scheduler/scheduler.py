@@ -11,7 +11,7 @@ and its blocks stay held until the last step that can write them is committed.
 """
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -90,6 +90,7 @@ class Scheduler:
         self._dropped: list[str] = []  # the runner has not been told yet
         self._counts = {"steps": 0, "preemptions": 0, "prompt": 0, "output": 0}
         self._prefix = {"queries": 0, "hits": 0}
+        self._num_transfers: Counter[str] = Counter()
 
     # Requests come and go.
 
@@ -200,7 +201,7 @@ class Scheduler:
                 num_prompt_tokens += sequence.commit(share)
                 if not _failed(sampled.get(share.sequence_id)):
                     self.allocator.computed(sequence)
-                    if sequence.id in self._siblings:
+                    if self._siblings and sequence.id in self._siblings:
                         self._waiting.release(self._siblings[sequence.id].released())
             if share.samples:
                 num_drafts = len(share.draft_ids)
@@ -229,6 +230,9 @@ class Scheduler:
     def _commit_transfers(self, plan: StepPlan, result: StepResult) -> None:
         """Note what copying cost; whoever was given a block whose content is lost starts anew."""
         self._preemption.transfers.note(len(plan.transfers), result.transfer_s)
+        for transfer in plan.transfers:
+            name = f"{transfer.source_tier.name}_to_{transfer.target_tier.name}".lower()
+            self._num_transfers[name] += 1
         failed = [plan.transfers[index] for index in result.failed_transfers]
         if not failed:
             return
@@ -273,8 +277,10 @@ class Scheduler:
         if reason is not None:
             self._finish(sequence, reason)
         else:
-            self._waiting.release([sequence])  # it may have been pushed out while it awaited this
-            sequence.guess(sampled.draft_ids)
+            if sequence.status is SequenceStatus.WAITING:
+                self._waiting.release([sequence])  # it was pushed out while it awaited this
+            if sampled.draft_ids:
+                sequence.guess(sampled.draft_ids)
         event = RequestEvent(
             sequence.id,
             sampled.token_ids[:num_new],
@@ -382,6 +388,7 @@ class Scheduler:
             num_generation_tokens=self._counts["output"],
             num_prefix_queries=self._prefix["queries"],
             num_prefix_hits=self._prefix["hits"],
+            num_transfers=dict(self._num_transfers),
             waiting_by_reason=self.decisions.waiting_by_reason(),
         )
 

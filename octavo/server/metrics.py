@@ -103,6 +103,14 @@ class _EngineGauges(Collector):
         for reason, count in stats.waiting_by_reason.items():
             by_reason.add_metric([reason], count)
         yield by_reason
+        moved = CounterMetricFamily(
+            PREFIX + "kv_block_transfers",
+            "KV blocks copied, by the tiers that they went from and to",
+            labels=["way"],
+        )
+        for way, count in stats.num_transfers.items():
+            moved.add_metric([way], count)
+        yield moved
         for name, text, value in gauges:
             yield GaugeMetricFamily(PREFIX + name, text, value=value)
         for name, text, value in counters:

@@ -8,7 +8,7 @@ Types are strict: "1" and true are no numbers, 1.0 is no integer, NaN is no JSON
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -50,6 +50,10 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     allowed_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
+    use_beam_search: bool | None = None
+    beam_width: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
     return_token_ids: bool | None = None
     cache_salt: str | None = None
     priority: int = 0
@@ -115,13 +119,10 @@ _REFUSED: dict[str, Neutral] = {
     "json_schema": (),
     "ebnf": (),
     "bad_words": ([],),
-    "use_beam_search": (False,),
-    "length_penalty": (1.0,),
     "truncate_prompt_tokens": (),
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "logits_processors": ([],),
-    "cache_salt": (),
 }
 REFUSED_IN_COMPLETIONS = _REFUSED | {"suffix": ("",)}
 REFUSED_IN_CHAT = _REFUSED | {

@@ -129,3 +129,44 @@ def test_bf16_says_paris():
     )[0].outputs[0]
     assert "Paris" in output.text
     assert output.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("mode", ["swap", "recompute", "auto"])
+def test_no_way_of_preempting_changes_the_text(prompts, batched, mode):
+    host = {} if mode == "recompute" else {"kv_offloading_size": 0.5}
+    some = [0, 3, 7, 15, 18]
+    scarce = LLM(
+        DEFAULT_MODEL,
+        dtype="float32",
+        max_model_len=1600,
+        kv_cache_memory_bytes=102 * 16 * 46_080,  # 102 blocks: these answers need more
+        preemption_mode=mode,
+        check_integrity=True,
+        **host,
+    )
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]["prompt_token_ids"]))
+    chosen = [longest, *some]
+    assert tokens(scarce, [prompts[i] for i in chosen]) == [batched[i] for i in chosen]
+    assert scarce.stats().num_preemptions > 0
+    moved = scarce.stats().num_transfers.get("device_to_host", 0)
+    assert (moved > 0) == (mode == "swap") or mode == "auto"
+
+
+@torch.inference_mode()
+def test_beam_search_is_that_of_transformers(reference, llm, prompts):
+    sampling = SamplingParams(use_beam_search=True, beam_width=4, n=4, max_tokens=16)
+    chosen = [prompts[i] for i in (0, 6, 9)]
+    for prompt, output in zip(chosen, llm.generate(chosen, sampling, use_tqdm=False), strict=True):
+        ids = torch.tensor([prompt["prompt_token_ids"]])
+        found = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            num_beams=4,
+            num_return_sequences=4,
+            max_new_tokens=16,
+            do_sample=False,
+            pad_token_id=-1,
+            eos_token_id=list(llm.engine.config.model.eos_token_ids),
+        )
+        expected = [[t for t in row[ids.shape[1] :].tolist() if t != -1] for row in found]
+        assert [answer.token_ids for answer in output.outputs] == expected

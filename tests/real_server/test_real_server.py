@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 
+import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
@@ -99,6 +100,45 @@ def test_chat_and_completion_streamed_and_not(client):
     pieces = client.completions.create(**options, max_tokens=12, stream=True)
     assert "Paris" in whole.choices[0].text
     assert "".join(p.choices[0].text for p in pieces) == whole.choices[0].text
+
+
+def test_a_salt_keeps_tenants_out_of_each_others_cache(client):
+    def cached_tokens(salt):
+        usage = client.completions.create(
+            model="smollm2-135m-instruct",
+            prompt="A secret that nobody else may know of. " * 8,
+            max_tokens=1,
+            extra_body={"cache_salt": salt},
+        ).usage
+        return usage.prompt_tokens_details.cached_tokens
+
+    assert cached_tokens("tenant a") == 0
+    assert cached_tokens("tenant a") > 0
+    assert cached_tokens("tenant b") == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_beam_search_returns_the_best_answers(client, stream):
+    def search(**options):
+        answer = client.completions.create(
+            model="smollm2-135m-instruct",
+            prompt="The capital of France is",
+            max_tokens=5,
+            n=2,
+            stream=stream,
+            extra_body={"use_beam_search": True, "ignore_eos": True, **options},
+        )
+        texts = ["", ""]
+        for part in answer if stream else [answer]:
+            for choice in part.choices:
+                texts[choice.index] += choice.text
+        return texts
+
+    first, second = search(beam_width=4)
+    assert first != second and first.startswith(" Paris")
+    assert search(beam_width=4, length_penalty=0.0)  # accepted
+    with pytest.raises(openai.BadRequestError, match="top_p cannot be combined"):
+        search(top_p=0.5)
 
 
 def prompt(i):
