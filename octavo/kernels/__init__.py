@@ -6,26 +6,33 @@ Every compiled CPU op gives a row (a token) the same bits whatever other rows ar
 however many there are, and on however many threads. In attention a token's result depends on its
 query and on the keys and values that it sees, and on nothing else: neither on other sequences nor
 on how a prompt was cut into chunks. Other machines may round otherwise; references promise nothing.
+The Triton ops on a GPU promise the same for other rows and sequences. Of attention they promise it
+for cuts too, as long as no piece is so short that it goes to the kernel for decodes.
 """
 
 from octavo.kernels.dispatch import Case, Choice, Op, reference_only
 from octavo.kernels.kv_write import KV_WRITE
 from octavo.kernels.linear import LINEAR, PreparedWeight
 from octavo.kernels.paged_attention import PAGED_ATTENTION, AttentionBatch
+from octavo.kernels.qk_norm_rotary_kv_write import QK_NORM_ROTARY_KV_WRITE
 from octavo.kernels.rms_norm import RMS_NORM
 from octavo.kernels.rotary_kv_write import ROTARY_KV_WRITE
+from octavo.kernels.sample_tokens import SAMPLE_TOKENS, DrawOptions
 from octavo.kernels.silu_mul import SILU_MUL
 
 __all__ = [
     "KV_WRITE",
     "LINEAR",
     "PAGED_ATTENTION",
+    "QK_NORM_ROTARY_KV_WRITE",
     "RMS_NORM",
     "ROTARY_KV_WRITE",
+    "SAMPLE_TOKENS",
     "SILU_MUL",
     "AttentionBatch",
     "Case",
     "Choice",
+    "DrawOptions",
     "Op",
     "PreparedWeight",
     "reference_only",

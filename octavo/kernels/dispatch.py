@@ -6,6 +6,7 @@ once, when it is built, keeps `choice.function` and calls that directly on the h
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class Choice(Generic[F]):
 @dataclass(frozen=True)
 class _Implementation(Generic[F]):
     name: str
-    function: F
+    load: Callable[[], F]
     unsupported: Callable[[Case], str | None]
 
 
@@ -67,9 +68,26 @@ class Op(Generic[F]):
 
         `unsupported` returns None when the version can run a case, else the reason why not.
         """
-        if name == REFERENCE or any(known.name == name for known in self._implementations):
-            raise ValueError(f"{self.name} already has an implementation called {name!r}")
-        self._implementations.append(_Implementation(name, function, unsupported))
+        self._add(_Implementation(name, lambda: function, unsupported))
+
+    def register_module(
+        self, name: str, target: str, unsupported: Callable[[Case], str | None]
+    ) -> None:
+        """As `register`, with a function named "package.module:function".
+
+        The module is imported when the version is first chosen, so what it needs may be missing.
+        """
+        module, _, function = target.partition(":")
+        self._add(
+            _Implementation(
+                name, lambda: getattr(importlib.import_module(module), function), unsupported
+            )
+        )
+
+    def _add(self, new: _Implementation[F]) -> None:
+        if new.name == REFERENCE or any(known.name == new.name for known in self._implementations):
+            raise ValueError(f"{self.name} already has an implementation called {new.name!r}")
+        self._implementations.append(new)
 
     def names(self) -> tuple[str, ...]:
         """All implementations in the order in which they are tried; the reference is last."""
@@ -82,7 +100,7 @@ class Op(Generic[F]):
             if not _references_only:
                 verdict = candidate.unsupported(case)
                 if verdict is None:
-                    return Choice(self.name, candidate.name, candidate.function, tuple(passed_over))
+                    return Choice(self.name, candidate.name, candidate.load(), tuple(passed_over))
                 reason = verdict
             passed_over.append((candidate.name, reason))
         return Choice(self.name, REFERENCE, self.reference, tuple(passed_over))

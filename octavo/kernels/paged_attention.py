@@ -15,9 +15,11 @@ from torch import Tensor
 from octavo.kernels import native
 from octavo.kernels.dispatch import Case, Op
 from octavo.kernels.native import support
+from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 NATIVE_BLOCK_SIZE = 16
 NATIVE_MAX_GROUP = 96  # query heads on one kv head
+TRITON_MAX_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,5 +124,17 @@ def _unsupported(case: Case) -> str | None:
     return support.unsupported(case)
 
 
+def _unsupported_by_triton(case: Case) -> str | None:
+    dim = case.sizes.get("head_dim", 0)
+    if dim > TRITON_MAX_DIM:
+        return f"made for head sizes up to {TRITON_MAX_DIM}, not {dim}"
+    return unsupported_by_triton(case)
+
+
 PAGED_ATTENTION: Op[PagedAttention] = Op("paged_attention", reference_paged_attention)
 PAGED_ATTENTION.register("native", native_paged_attention, _unsupported)
+PAGED_ATTENTION.register_module(
+    "triton",
+    "octavo.kernels.triton_paged_attention:triton_paged_attention",
+    _unsupported_by_triton,
+)

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import native
-from octavo.kernels.dispatch import Op
+from octavo.kernels.dispatch import Case, Op
 from octavo.kernels.native.support import refuse, unsupported
+from octavo.kernels.triton_support import unsupported as unsupported_by_triton
+
+MAX_TRITON_WIDTH = 65_536  # a row stays in the registers of one program
 
 
 class RmsNorm(Protocol):
@@ -66,5 +69,14 @@ def native_rms_norm(
     return normed, x if residual is None else residual
 
 
+def _unsupported_by_triton(case: Case) -> str | None:
+    if case.sizes.get("size", 1) > MAX_TRITON_WIDTH:
+        return f"made for rows of at most {MAX_TRITON_WIDTH:,}, not {case.sizes['size']:,}"
+    return unsupported_by_triton(case)
+
+
 RMS_NORM: Op[RmsNorm] = Op("rms_norm", reference_rms_norm)
 RMS_NORM.register("native", native_rms_norm, unsupported)
+RMS_NORM.register_module(
+    "triton", "octavo.kernels.triton_rms_norm:triton_rms_norm", _unsupported_by_triton
+)

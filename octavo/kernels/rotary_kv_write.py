@@ -16,6 +16,7 @@ from octavo.kernels import native
 from octavo.kernels.dispatch import Op
 from octavo.kernels.kv_write import KV_WRITE, reference_kv_write
 from octavo.kernels.native.support import refuse, unsupported
+from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 
 class RotaryKvWrite(Protocol):
@@ -138,3 +139,11 @@ def native_rotary_kv_write(
 ROTARY_KV_WRITE: Op[RotaryKvWrite] = Op("rotary_kv_write", reference_rotary_kv_write)
 ROTARY_KV_WRITE.register("native", native_rotary_kv_write, unsupported)
 KV_WRITE.register("native", native_kv_write, unsupported)
+ROTARY_KV_WRITE.register_module(
+    "triton",
+    "octavo.kernels.triton_rotary_kv_write:triton_rotary_kv_write",
+    unsupported_by_triton,
+)
+KV_WRITE.register_module(
+    "triton", "octavo.kernels.triton_rotary_kv_write:triton_kv_write", unsupported_by_triton
+)

@@ -14,6 +14,7 @@ from torch import Tensor
 from octavo.kernels import native
 from octavo.kernels.dispatch import Op
 from octavo.kernels.native.support import refuse, unsupported
+from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 
 class SiluMul(Protocol):
@@ -47,3 +48,6 @@ def native_silu_mul(x: Tensor) -> Tensor:
 
 SILU_MUL: Op[SiluMul] = Op("silu_mul", reference_silu_mul)
 SILU_MUL.register("native", native_silu_mul, unsupported)
+SILU_MUL.register_module(
+    "triton", "octavo.kernels.triton_silu_mul:triton_silu_mul", unsupported_by_triton
+)

@@ -43,3 +43,16 @@ def _seed() -> None:
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """New memory holds NaN, so that an output left unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        poison = torch.ones(1).new_empty(7)
+        if not poison.isnan().all():
+            raise RuntimeError("torch.utils.deterministic.fill_uninitialized_memory is off")
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from octavo.kernels import KV_WRITE, RMS_NORM, ROTARY_KV_WRITE, SILU_MUL, Case
+from octavo.kernels import (
+    KV_WRITE,
+    QK_NORM_ROTARY_KV_WRITE,
+    RMS_NORM,
+    ROTARY_KV_WRITE,
+    SILU_MUL,
+    Case,
+)
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 SHAPES = [(0, 16), (1, 1), (1, 576), (15, 100), (16, 64), (17, 4097), (1000, 576)]
@@ -107,6 +114,42 @@ def test_rotary_and_cache_write_equal_their_references(isa, dtype, tokens, heads
 
     chosen(KV_WRITE, dtype)(*views[1:], written, slots)  # of the keys as they are now: rotated
     torch.testing.assert_close(cache, written, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 40])
+def test_qk_norm_equals_its_reference(isa, dtype, tokens):
+    qkv = torch.randn(tokens, 8 * 64, dtype=dtype)
+    weights = torch.rand(2, 64).to(dtype)
+    positions, cos_sin, slots = torch.arange(tokens), torch.rand(64, 64), torch.randperm(48)
+    results = []
+    for op in (chosen(QK_NORM_ROTARY_KV_WRITE, dtype), QK_NORM_ROTARY_KV_WRITE.reference):
+        fused, cache = qkv.clone(), torch.zeros(2, 3, 2, 16, 64, dtype=dtype)
+        views = [part.unflatten(1, (-1, 64)) for part in fused.split([256, 128, 128], dim=1)]
+        op(*views, positions, cos_sin, cache, slots[:tokens], *weights, 1e-6)
+        results.append((fused, cache))
+    close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+
+
+def test_qk_norm_norms_each_head_and_then_turns_it():
+    """Two pairs of equal numbers have a norm of 1 each; then a turn by 90 degrees."""
+    query, key = torch.tensor([[[3.0, 3.0], [-5.0, 5.0]]]), torch.tensor([[[2.0, 2.0]]])
+    cache = torch.zeros(2, 1, 1, 16, 2)
+    QK_NORM_ROTARY_KV_WRITE.reference(
+        query,
+        key,
+        key.clone(),
+        torch.tensor([1]),
+        torch.tensor([[1.0, 0.0], [0.0, 1.0]]),
+        cache,
+        torch.tensor([5]),
+        torch.tensor([1.0, 10.0]),
+        torch.tensor([1.0, 1.0]),
+        0.0,
+    )
+    assert query.tolist() == [[[-10.0, 1.0], [-10.0, -1.0]]]
+    assert key.tolist() == [[[-1.0, 1.0]]]
+    assert cache[:, 0, 0, 5].tolist() == [[-1.0, 1.0], [2.0, 2.0]]
 
 
 def test_kv_write_reference_puts_each_token_into_its_slot():

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -50,6 +53,30 @@ def test_reference_only_holds_within_its_block():
         assert choice.name == "reference"
         assert "only references" in str(choice)
     assert op.select(CASE).name == "even"
+
+
+def test_a_module_is_imported_when_its_version_is_chosen():
+    op: Op = Op("root", None)
+    op.register_module("absent", "no_such_module:root", lambda case: "not here")
+    op.register_module("there", "cmath:sqrt", lambda case: None)
+    assert op.select(CASE).function(-1) == 1j
+    assert op.names() == ("absent", "there", "reference")
+
+
+def test_kernels_need_no_triton():
+    """None in sys.modules makes an import fail, as if it were not installed."""
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+from octavo.kernels import PAGED_ATTENTION, Case
+print(PAGED_ATTENTION.select(Case("cuda", torch.bfloat16, {"head_dim": 64})))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60
+    )
+    assert "reference" in done.stdout, done.stderr
+    assert "triton is not installed; `pip install triton`" in done.stdout
 
 
 @pytest.mark.parametrize("name", ["fast", "reference"])

@@ -4,58 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernels.pages import Pages
 from torch import Tensor
 
 from octavo.kernels import PAGED_ATTENTION, AttentionBatch, Case
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 HEADS = [(4, 4, 64), (9, 3, 64), (8, 2, 128), (8, 1, 80), (3, 1, 96), (2, 1, 256), (64, 1, 16)]
-
-
-class Pages:
-    """A cache whose every row outside the sequences is NaN, and the dense tensors it holds."""
-
-    def __init__(self, lengths, heads, kv_heads, dim, dtype, block_size=16):
-        counts = [-(-context // block_size) for _, context in lengths]
-        num_blocks = sum(counts) + 3
-        shape = (2, num_blocks, kv_heads, block_size, dim)
-        self.kv_cache = torch.full(shape, float("nan"), dtype=dtype)
-        # Rows of the table are wider than any sequence needs; what is beyond must not be read.
-        tables = torch.full((len(lengths), max(counts) + 2), 2**30, dtype=torch.int32)
-        free = iter(torch.randperm(num_blocks).tolist())
-        self.dense: list[Tensor] = []  # each [2, context, Hkv, D]
-        for b, (_, context) in enumerate(lengths):
-            dense = torch.randn(2, context, kv_heads, dim).to(dtype)
-            self.dense.append(dense)
-            for i in range(counts[b]):
-                tables[b, i] = block = next(free)
-                rows = dense[:, i * block_size : (i + 1) * block_size].transpose(1, 2)
-                self.kv_cache[:, block, :, : rows.shape[2]] = rows
-        queries = [count for count, _ in lengths]
-        contexts = [context for _, context in lengths]
-        starts = torch.tensor([0, *queries]).cumsum(0).int()
-        self.batch = AttentionBatch(
-            starts, torch.tensor(contexts).int(), tables, max(queries), max(contexts)
-        )
-        qkv = torch.randn(sum(queries), (heads + 2 * kv_heads) * dim).to(dtype)
-        self.query = qkv[:, : heads * dim].view(-1, heads, dim)
-
-    def expected(self, scale: float) -> Tensor:
-        """By torch's own attention in fp32, one sequence at a time."""
-        out = []
-        starts = self.batch.query_starts.tolist()
-        for b, dense in enumerate(self.dense):
-            query = self.query[starts[b] : starts[b + 1]].float().transpose(0, 1)
-            keys, values = dense.float().transpose(1, 2)
-            group = query.shape[0] // keys.shape[0]
-            keys, values = (t.repeat_interleave(group, dim=0) for t in (keys, values))
-            rows, context = query.shape[1], keys.shape[1]
-            mask = torch.ones(rows, context, dtype=torch.bool).tril(context - rows)
-            mixed = torch.nn.functional.scaled_dot_product_attention(
-                query, keys, values, attn_mask=mask, scale=scale
-            )
-            out.append(mixed.transpose(0, 1))
-        return torch.cat(out)
 
 
 def compiled(dtype: torch.dtype, dim: int):

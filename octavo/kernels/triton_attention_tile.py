@@ -1,0 +1,118 @@
+"""What Triton's two attention kernels share: a tile of query rows over paged keys and values.
+
+Row r of a (sequence, kv head) is query r // GROUP of the sequence and head r % GROUP of those that
+share the kv head, so that a key is read once for the whole group (GQA packing). Does not know how
+rows and contexts are given to programs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_queries(
+    query,
+    first_query,
+    num_rows,
+    row,
+    kv_head,
+    token_stride,
+    head_stride,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """[ROWS, DIM_PAD], zeros from `num_rows` on."""
+    token = (first_query + row // GROUP).to(tl.int64)
+    head = (kv_head * GROUP + row % GROUP).to(tl.int64)
+    column = tl.arange(0, DIM_PAD)
+    places = query + (token * token_stride + head * head_stride)[:, None] + column[None, :]
+    return tl.load(places, mask=(row < num_rows)[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def attend_to_keys(
+    acc,
+    row_top,
+    row_sum,
+    queries,
+    last_visible,
+    first,
+    stop,
+    cache,
+    value_offset,
+    table,
+    kv_head,
+    scale_log2,
+    KEYS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Adds context positions first:stop, a tile at a time, to the running softmax of the rows.
+
+    MASKED: some row may not see some position before `stop`, or the last tile is a partial one. Two
+    loops, one without masks, are a seventh faster than one that decides for each tile.
+    """
+    column = tl.arange(0, DIM_PAD)
+    for start in tl.range(first, stop, KEYS):
+        position = start + tl.arange(0, KEYS)
+        exists = position < stop
+        if MASKED:
+            block = tl.load(table + position // BLOCK_SIZE, mask=exists, other=0)
+        else:
+            block = tl.load(table + position // BLOCK_SIZE)
+        line = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
+        places = cache + (line * DIM)[:, None] + column[None, :]
+        if MASKED or DIM != DIM_PAD:
+            there = exists[:, None] & (column < DIM)[None, :]
+            keys = tl.load(places, mask=there, other=0.0)
+            values = tl.load(places + value_offset, mask=there, other=0.0)
+        else:
+            keys = tl.load(places)
+            values = tl.load(places + value_offset)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [ROWS, KEYS]
+        if MASKED:
+            seen = (position[None, :] <= last_visible[:, None]) & exists[None, :]
+            scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(row_top, tl.max(scores, 1) * scale_log2)
+        # A row that has seen nothing yet has a top of -inf, and -inf - -inf is no number.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
+        weights = tl.exp2(scores * scale_log2 - base[:, None])
+        shrink = tl.exp2(row_top - base)
+        row_sum = row_sum * shrink + tl.sum(weights, 1)
+        acc = tl.dot(
+            weights.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION
+        )
+        row_top = new_top
+    return acc, row_top, row_sum
+
+
+@triton.jit
+def store_rows(
+    out,
+    acc,
+    row_sum,
+    first_query,
+    num_rows,
+    row,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+):
+    """The weighted means; zeros for a row that saw nothing."""
+    mixed = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    column = tl.arange(0, DIM_PAD)
+    line = (first_query + row // GROUP).to(tl.int64) * (KV_HEADS * GROUP)
+    line += kv_head * GROUP + row % GROUP
+    there = (row < num_rows)[:, None] & (column < DIM)[None, :]
+    tl.store(
+        out + line[:, None] * DIM + column[None, :], mixed.to(out.dtype.element_ty), mask=there
+    )

@@ -1,0 +1,73 @@
+"""RMS normalisation in Triton: one program for a row, which it reads once.
+
+Owns the choice of warps. Does not know the residual stream beyond one addition.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.rms_norm import MAX_TRITON_WIDTH
+from octavo.kernels.triton_support import refuse
+
+
+def triton_rms_norm(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """As RmsNorm; rows of x may be strided, and h is written over `residual`."""
+    rows, width = x.shape
+    if x.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
+        raise refuse("rms_norm", "x is [T, H] with dense rows, weight [H]", x=x, weight=weight)
+    if weight.dtype is not x.dtype or width > MAX_TRITON_WIDTH:
+        rule = f"one dtype throughout, rows of at most {MAX_TRITON_WIDTH:,}"
+        raise refuse("rms_norm", rule, x=x, weight=weight)
+    if residual is not None and not (
+        residual.shape == x.shape and residual.is_contiguous() and residual.dtype is x.dtype
+    ):
+        raise refuse("rms_norm", "residual is like x, contiguous", x=x, residual=residual)
+    normed = x.new_empty(rows, width)
+    if rows:
+        padded = triton.next_power_of_2(width)
+        _rms_norm[(rows,)](
+            x,
+            x if residual is None else residual,
+            weight,
+            normed,
+            x.stride(0),
+            eps,
+            WIDTH=width,
+            PADDED=padded,
+            HAS_RESIDUAL=residual is not None,
+            num_warps=min(16, max(1, padded // 512)),
+        )
+    return normed, x if residual is None else residual
+
+
+@triton.jit
+def _rms_norm(
+    x,
+    residual,
+    weight,
+    normed,
+    row_stride,
+    eps,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, PADDED)
+    there = column < WIDTH
+    hidden = tl.load(x + row * row_stride + column, mask=there, other=0.0)
+    scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        stream = residual + row * WIDTH + column
+        wide = hidden.to(tl.float32) + tl.load(stream, mask=there, other=0.0).to(tl.float32)
+        hidden = wide.to(hidden.dtype)
+        tl.store(stream, hidden, mask=there)
+    wide = hidden.to(tl.float32)
+    unit = wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
+    rounded = unit.to(hidden.dtype).to(tl.float32)
+    tl.store(normed + row * WIDTH + column, (rounded * scale).to(hidden.dtype), mask=there)

@@ -1,0 +1,245 @@
+"""Rotation, cache write and, for models that have it, QK-norm, in one Triton kernel.
+
+Owns the launchers of `kv_write`, `rotary_kv_write` and `qk_norm_rotary_kv_write`, which differ in
+what one program does to a few heads of one token. Does not know attention.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from octavo.kernels.triton_support import refuse
+
+VALUES_AT_ONCE = 1024  # of a head times heads, for one program
+
+
+def triton_kv_write(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    """As KvWrite."""
+    _check_write("kv_write", key, value, kv_cache, slots)
+    # The kernel reads none of the tensors that stand in for those of a rotation.
+    angles, norms = (slots, kv_cache), (kv_cache, kv_cache, 0.0)
+    _launch(key[:, :0], key, value, angles, kv_cache, slots, norms, ROTATE=False, NORM=False)
+
+
+def triton_rotary_kv_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    slots: Tensor,
+) -> None:
+    """As RotaryKvWrite."""
+    op = "rotary_kv_write"
+    _check_rotation(op, query, key, positions, cos_sin)
+    _check_write(op, key, value, kv_cache, slots)
+    angles, norms = (positions, cos_sin), (kv_cache, kv_cache, 0.0)
+    _launch(query, key, value, angles, kv_cache, slots, norms, ROTATE=True, NORM=False)
+
+
+def triton_qk_norm_rotary_kv_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    kv_cache: Tensor,
+    slots: Tensor,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    eps: float,
+) -> None:
+    """As QkNormRotaryKvWrite."""
+    op = "qk_norm_rotary_kv_write"
+    _check_rotation(op, query, key, positions, cos_sin)
+    _check_write(op, key, value, kv_cache, slots)
+    for weight in (query_weight, key_weight):
+        if weight.shape != key.shape[2:] or weight.dtype is not key.dtype or weight.stride(0) != 1:
+            raise refuse(op, "weights are [D], in the heads' dtype, dense", key=key, weight=weight)
+    angles, norms = (positions, cos_sin), (query_weight, key_weight, eps)
+    _launch(query, key, value, angles, kv_cache, slots, norms, ROTATE=True, NORM=True)
+
+
+def _check_rotation(
+    op: str, query: Tensor, key: Tensor, positions: Tensor, cos_sin: Tensor
+) -> None:
+    tokens, _, dim = query.shape
+    if query.stride(2) != 1 or query.dtype is not key.dtype or key.shape[::2] != (tokens, dim):
+        rule = "query, key and value are [T, heads, D] of one dtype with dense heads"
+        raise refuse(op, rule, query=query, key=key)
+    if (
+        cos_sin.dtype is not torch.float32
+        or cos_sin.shape[1] != dim
+        or dim % 2
+        or positions.dtype is not torch.int64
+        or positions.shape != (tokens,)
+        or not (positions.is_contiguous() and cos_sin.is_contiguous())
+    ):
+        rule = "positions is [T] int64, cos_sin [positions, D] fp32, D even, both contiguous"
+        raise refuse(op, rule, query=query, positions=positions, cos_sin=cos_sin)
+
+
+def _check_write(op: str, key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor) -> None:
+    tokens, num_kv_heads, dim = key.shape
+    halves, _, cache_heads, _, cache_dim = kv_cache.shape
+    if value.dtype is not key.dtype or (key.stride(2), value.stride(2)) != (1, 1):
+        rule = "query, key and value are [T, heads, D] of one dtype with dense heads"
+        raise refuse(op, rule, key=key, value=value)
+    if (
+        (halves, cache_heads, cache_dim) != (2, num_kv_heads, dim)
+        or value.shape != key.shape
+        or kv_cache.dtype is not key.dtype
+        or slots.dtype is not torch.int64
+        or slots.shape != (tokens,)
+        or not (kv_cache.is_contiguous() and slots.is_contiguous())
+    ):
+        rule = (
+            "value is like key, kv_cache [2, blocks, Hkv, block_size, D] in their dtype, "
+            "slots [T] int64, contiguous"
+        )
+        raise refuse(op, rule, key=key, value=value, kv_cache=kv_cache, slots=slots)
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    angles: tuple[Tensor, Tensor],
+    kv_cache: Tensor,
+    slots: Tensor,
+    norms: tuple[Tensor, Tensor, float],
+    **switches: bool,
+) -> None:
+    tokens, num_kv_heads, dim = key.shape
+    if tokens == 0:
+        return
+    half = triton.next_power_of_2(max(1, triton.cdiv(dim, 2)))
+    at_once = max(1, VALUES_AT_ONCE // (2 * half))
+    query_programs = triton.cdiv(query.shape[1], at_once)
+    programs = query_programs + triton.cdiv(num_kv_heads, at_once)
+    _rotary_kv_write[(tokens, programs)](
+        query,
+        key,
+        value,
+        *angles,
+        kv_cache,
+        slots,
+        *norms,
+        *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
+        *(value.stride(0), value.stride(1), kv_cache[0].numel()),
+        HEADS=query.shape[1],
+        KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=kv_cache.shape[3],
+        DIM=dim,
+        HALF_PAD=half,
+        AT_ONCE=at_once,
+        QUERY_PROGRAMS=query_programs,
+        **switches,
+        num_warps=4,
+    )
+
+
+@triton.jit
+def _turned(
+    heads,
+    weight,
+    eps,
+    cos,
+    sin,
+    there,
+    DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """Both halves of some heads at `heads` [n, 1], normed if asked, turned, rounded once."""
+    column = tl.arange(0, HALF_PAD)[None, :]
+    first = tl.load(heads + column, mask=there, other=0.0)
+    second = tl.load(heads + DIM // 2 + column, mask=there, other=0.0)
+    dtype = first.dtype
+    first = first.to(tl.float32)
+    second = second.to(tl.float32)
+    if NORM:
+        squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
+        inverse = tl.rsqrt(squares / DIM + eps)[:, None]
+        inside = column < DIM // 2
+        first_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+        second_weight = tl.load(weight + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
+        # Rounded where RMS_NORM rounds.
+        first = ((first * inverse).to(dtype).to(tl.float32) * first_weight).to(dtype)
+        second = ((second * inverse).to(dtype).to(tl.float32) * second_weight).to(dtype)
+        first = first.to(tl.float32)
+        second = second.to(tl.float32)
+    return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
+
+
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
+def _rotary_kv_write(
+    query,
+    key,
+    value,
+    positions,
+    cos_sin,
+    kv_cache,
+    slots,
+    query_weight,
+    key_weight,
+    eps,
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    value_offset,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF_PAD: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    QUERY_PROGRAMS: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NORM: tl.constexpr,
+):
+    """A few query heads of one token, or a few kv heads of it."""
+    token = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(1)
+    half = tl.arange(0, HALF_PAD)[None, :]
+    inside = half < DIM // 2
+    cos = 1.0
+    sin = 0.0
+    if ROTATE:
+        angles = cos_sin + tl.load(positions + token) * DIM + half
+        cos = tl.load(angles, mask=inside, other=0.0)
+        sin = tl.load(angles + DIM // 2, mask=inside, other=0.0)
+    if program < QUERY_PROGRAMS:
+        head = (program * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
+        there = (head < HEADS) & inside
+        heads = query + token * query_token_stride + head * query_head_stride
+        first, second = _turned(heads, query_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM)
+        tl.store(heads + half, first, mask=there)
+        tl.store(heads + DIM // 2 + half, second, mask=there)
+    else:
+        head = ((program - QUERY_PROGRAMS) * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
+        slot = tl.load(slots + token)
+        line = (slot // BLOCK_SIZE * KV_HEADS + head) * BLOCK_SIZE + slot % BLOCK_SIZE
+        cached = kv_cache + line * DIM
+        column = tl.arange(0, 2 * HALF_PAD)[None, :]
+        whole = (head < KV_HEADS) & (column < DIM)
+        values = value + token * value_token_stride + head * value_head_stride
+        row = tl.load(values + column, mask=whole, other=0.0)
+        tl.store(cached + value_offset + column, row, mask=whole)
+        keys = key + token * key_token_stride + head * key_head_stride
+        if ROTATE:
+            there = (head < KV_HEADS) & inside
+            first, second = _turned(keys, key_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM)
+            tl.store(keys + half, first, mask=there)
+            tl.store(keys + DIM // 2 + half, second, mask=there)
+            tl.store(cached + half, first, mask=there)
+            tl.store(cached + DIM // 2 + half, second, mask=there)
+        else:
+            tl.store(cached + column, tl.load(keys + column, mask=whole, other=0.0), mask=whole)

@@ -1,0 +1,42 @@
+"""What the Triton kernels accept, said once: for `Op.register` and for the launchers.
+
+Knows devices and dtypes. Does not import triton, so that a machine without it can ask.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+
+import torch
+
+from octavo.kernels.dispatch import Case
+from octavo.kernels.native.support import refuse
+
+__all__ = ["refuse", "unsupported"]
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LEAST_CAPABILITY = (8, 0)  # the first with bf16 products
+
+
+@cache
+def _missing() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton`"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        wanted, found = (".".join(map(str, pair)) for pair in (LEAST_CAPABILITY, capability))
+        return f"made for compute capability {wanted} and above, this GPU has {found}"
+    return None
+
+
+def unsupported(case: Case) -> str | None:
+    """Why no Triton kernel can run the case, or None."""
+    if case.device != "cuda":
+        return f"made for cuda, not {case.device}"
+    if case.dtype not in DTYPES:
+        name = str(case.dtype).removeprefix("torch.")
+        return f"made for bfloat16, float16 and float32, not {name}"
+    return _missing()

@@ -1,0 +1,296 @@
+"""Every Triton kernel on a GPU against its reference in fp32, on random shapes and long contexts.
+
+`tests/kernels/test_triton_*.py` has the cases that the interpreter can also run.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from kernels.pages import Pages
+from torch import Tensor
+
+from octavo.kernels import (
+    KV_WRITE,
+    PAGED_ATTENTION,
+    QK_NORM_ROTARY_KV_WRITE,
+    RMS_NORM,
+    ROTARY_KV_WRITE,
+    SAMPLE_TOKENS,
+    SILU_MUL,
+    AttentionBatch,
+    Case,
+    DrawOptions,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
+
+# Of ‖ours - reference‖ / ‖reference‖; a bf16 result is itself rounded to 2e-3 of its size.
+ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 5e-6}
+DTYPES = list(ERROR)
+HEADS = [(32, 8, 128), (16, 8, 128), (9, 3, 64), (4, 4, 80), (3, 1, 96), (4, 2, 256), (40, 1, 64)]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned():
+    """New memory holds NaN, so that an output left unwritten shows."""
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def chosen(op, dtype: torch.dtype = torch.bfloat16, **sizes: int):
+    choice = op.select(Case("cuda", dtype, sizes))
+    assert choice.name == "triton", str(choice)
+    return choice.function
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device="cuda").to(dtype)
+
+
+def close(ours: Tensor, reference: Tensor) -> None:
+    assert ours.isfinite().all()
+    error = (ours.float() - reference.float()).norm() / reference.float().norm()
+    assert error < ERROR[ours.dtype], f"relative error {error:.2e}"
+
+
+def around(page: int) -> int:
+    return max(1, 16 * page + random.choice([-1, 0, 1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_attention_on_random_batches(dtype, heads, kv_heads, dim):
+    attention = chosen(PAGED_ATTENTION, dtype, head_dim=dim)
+    for _ in range(3):
+        lengths = [(1, around(random.randint(0, 80))) for _ in range(12)]
+        lengths += [(random.randint(2, 40), 40 + around(random.randint(0, 40))) for _ in range(5)]
+        lengths += [(n, n) for n in (random.randint(1, 700), around(30))]
+        lengths += [(random.randint(200, 400), random.randint(400, 1500)), (0, 33)]
+        random.shuffle(lengths)
+        pages = Pages(lengths, heads, kv_heads, dim, dtype, device="cuda")
+        ours = attention(pages.query, pages.kv_cache, pages.batch, dim**-0.5)
+        close(ours, pages.expected(dim**-0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [(1, 20_000), (1, 8192), (1, 8193), (1, 16_385), (1, 1)],
+        [(300, 20_000), (1, 20_000)],
+        [(1, 2000)] * 40,
+        [(1500, 1500)],
+    ],
+    ids=["long decodes", "long prefill", "many decodes", "prefill"],
+)
+def test_attention_over_long_contexts(dtype, lengths):
+    attention = chosen(PAGED_ATTENTION, dtype, head_dim=128)
+    pages = Pages(lengths, 8, 2, 128, dtype, device="cuda")
+    ours = attention(pages.query, pages.kv_cache, pages.batch, 128**-0.5)
+    close(ours, pages.expected(128**-0.5))
+
+
+@pytest.mark.parametrize("block_size", [8, 32, 128])
+def test_attention_over_other_block_sizes(block_size):
+    attention = chosen(PAGED_ATTENTION, head_dim=64, block_size=block_size)
+    lengths = [(1, 700), (90, 300), (3, 40), (33, 33)]
+    pages = Pages(lengths, 6, 2, 64, torch.bfloat16, block_size, "cuda")
+    ours = attention(pages.query, pages.kv_cache, pages.batch, 0.125)
+    close(ours, pages.expected(0.125))
+
+
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
+    attention = chosen(PAGED_ATTENTION, head_dim=128)
+    lengths = [(1, 1), (1, 256), (1, 257), (1, 3000), (1, 9000), (600, 900), (4, 5000), (17, 17)]
+    pages = Pages(lengths, 32, 8, 128, torch.bfloat16, device="cuda")
+    batch = pages.batch
+    together = attention(pages.query, pages.kv_cache, batch, 0.1)
+    starts = batch.query_starts.tolist()
+    for b, (count, context) in enumerate(lengths):
+        alone = AttentionBatch(
+            torch.tensor([0, count]).int().cuda(),
+            batch.context_lens[b : b + 1],
+            batch.block_tables[b : b + 1],
+            count,
+            context,
+        )
+        rows = slice(starts[b], starts[b + 1])
+        assert torch.equal(attention(pages.query[rows], pages.kv_cache, alone, 0.1), together[rows])
+
+
+def test_a_prompt_has_the_same_bits_however_it_was_cut():
+    """As long as no piece is so short that the split kernel takes it."""
+    attention = chosen(PAGED_ATTENTION, head_dim=128)
+    pages = Pages([(1000, 1000)], 8, 2, 128, torch.bfloat16, device="cuda")
+    whole = attention(pages.query, pages.kv_cache, pages.batch, 0.1)
+    for cut in (5, 64, 333):
+        for first in range(0, 1000 - cut, cut):
+            piece = AttentionBatch(
+                torch.tensor([0, cut]).int().cuda(),
+                torch.tensor([first + cut]).int().cuda(),
+                pages.batch.block_tables,
+                cut,
+                first + cut,
+            )
+            rows = slice(first, first + cut)
+            ours = attention(pages.query[rows], pages.kv_cache, piece, 0.1)
+            assert torch.equal(ours, whole[rows]), f"{cut} queries from {first}"
+
+
+def test_offsets_beyond_two_to_the_31():
+    """A cache of 2^32 elements, of which only the last blocks are used."""
+    dim, kv_heads, num_blocks = 128, 8, 2**31 // (8 * 16 * 128)
+    torch.use_deterministic_algorithms(False)
+    cache = torch.empty(2, num_blocks, kv_heads, 16, dim, device="cuda", dtype=torch.bfloat16)
+    small = torch.full((2, 5, kv_heads, 16, dim), float("nan"), device="cuda").bfloat16()
+    first = num_blocks - 5
+    qkv = normal(70, (8 + 16) * dim, dtype=torch.bfloat16)
+    query, key, value = (part.unflatten(1, (-1, dim)) for part in qkv.split([8 * dim] * 3, dim=1))
+    slots = torch.arange(70, device="cuda")
+    chosen(KV_WRITE)(key, value, cache, slots + first * 16)
+    KV_WRITE.reference(key, value, small, slots)
+    lengths = (torch.tensor([0, 1, 70]).int().cuda(), torch.tensor([70, 70]).int().cuda())
+    tables = torch.arange(5).int().cuda().expand(2, 5).contiguous()
+    attention = chosen(PAGED_ATTENTION, head_dim=dim)
+    ours = attention(query, cache, AttentionBatch(*lengths, tables + first, 69, 70), 0.1)
+    batch = AttentionBatch(*lengths, tables, 69, 70)
+    close(ours, PAGED_ATTENTION.reference(query.float(), small.float(), batch, 0.1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_and_gates_on_random_shapes(dtype):
+    norm, gate = chosen(RMS_NORM, dtype), chosen(SILU_MUL, dtype)
+    widths = [1, 7, 576, 1024, 4096, 5120, 16_384, 65_536] + random.sample(range(2, 9000), 6)
+    for width in widths:
+        rows = random.choice([1, 3, 257, 2000])
+        wide = normal(rows, 2 * width + 8, dtype=dtype)
+        x, weight, residual = wide[:, :width], normal(width, dtype=dtype), normal(rows, width)
+        residual = residual.to(dtype)
+        expected = RMS_NORM.reference(x, weight, 1e-5, residual)
+        normed, hidden = norm(x, weight, 1e-5, residual.clone())
+        assert torch.equal(hidden, expected[1])
+        close(normed, RMS_NORM.reference(hidden.float(), weight.float(), 1e-5)[0])
+        close(norm(x, weight, 1e-5)[0], RMS_NORM.reference(x.float(), weight.float(), 1e-5)[0])
+        halves = wide[:, 3 : 3 + 2 * width]
+        close(gate(halves), SILU_MUL.reference(halves.float()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [*HEADS, (1, 1, 2), (7, 7, 34)])
+def test_rotation_norm_and_cache_write_on_random_shapes(dtype, heads, kv_heads, dim):
+    sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+    more = (normal(dim, dtype=dtype), normal(dim, dtype=dtype), 1e-6)
+    for op, extra in ((ROTARY_KV_WRITE, ()), (QK_NORM_ROTARY_KV_WRITE, more)):
+        tokens, block_size = random.choice([1, 64, 1500]), random.choice([8, 16, 48])
+        qkv = normal(tokens, sum(sizes), dtype=dtype)
+        cache = torch.full((2, 200, kv_heads, block_size, dim), float("nan"), device="cuda")
+        slots = torch.randperm(200 * block_size, device="cuda")[:tokens]
+        positions = torch.randint(0, 3000, (tokens,), device="cuda")
+        angles = torch.rand(3000, dim, device="cuda") * 2 - 1
+
+        def run(
+            function,
+            as_dtype,
+            given=(qkv, cache, positions, angles, slots),
+            weights=extra,
+        ):
+            qkv, cache, positions, angles, slots = given
+            qkv, cache = qkv.to(as_dtype, copy=True), cache.to(as_dtype, copy=True)
+            views = [part.unflatten(1, (-1, dim)) for part in qkv.split(sizes, dim=1)]
+            weights = [w.to(as_dtype) if isinstance(w, Tensor) else w for w in weights]
+            function(*views, positions, angles, cache, slots, *weights)
+            return qkv, cache
+
+        ours, ours_cache = run(chosen(op, dtype, head_dim=dim), dtype)
+        expected, expected_cache = run(op.reference, torch.float32)
+        # A normed element is rounded three times on its way: normed, weighed, turned.
+        factor = 3 if extra else 1
+        error = (ours.float() - expected).norm() / expected.norm()
+        assert error < factor * ERROR[dtype]
+        assert torch.equal(ours_cache.isnan(), expected_cache.isnan())
+        error = (ours_cache.float() - expected_cache).nan_to_num().norm()
+        assert error < factor * ERROR[dtype] * expected_cache.nan_to_num().norm()
+
+
+@pytest.mark.parametrize("vocabulary", [151_936, 128_256, 49_152, 5003])
+def test_sampling(vocabulary):
+    sample, rows = chosen(SAMPLE_TOKENS), 200
+    logits = 3 * normal(rows, vocabulary)
+    ones = torch.ones(rows, device="cuda")
+    for temperature, top_k, top_p, min_p in [
+        (0.0, 0, 1.0, 0.0),
+        (0.6, 0, 1.0, 0.0),
+        (1.0, 50, 1.0, 0.0),
+        (1.0, 0, 0.95, 0.0),
+        (1.3, 2000, 0.9, 0.001),
+        (1.0, 0, 1.0, 0.05),
+    ]:
+        options = DrawOptions(
+            temperature=ones * temperature,
+            top_k=(ones * top_k).int(),
+            top_p=ones * top_p,
+            min_p=ones * min_p,
+            seeds=torch.randint(-(2**62), 2**62, (rows,), device="cuda"),
+            positions=torch.randint(0, 2**40, (rows,), device="cuda"),
+            truncates=(top_k, top_p, min_p) != (0, 1.0, 0.0),
+        )
+        ours, finite = sample(logits, options)
+        assert finite.all()
+        # fp32 exponentials against fp64: a number within 1e-7 of a token's border may fall on
+        # either side of it, which of 200 draws is never seen twice.
+        expected, _ = SAMPLE_TOKENS.reference(logits.double(), options)
+        assert (ours != expected).sum() <= 1
+
+
+def test_draws_follow_the_distribution():
+    """200,000 draws of 40 tokens: chi-squared with 39 degrees of freedom, its 1-in-10^6 bound."""
+    logits, rows = normal(40), 200_000
+    zeros = torch.zeros(rows, device="cuda")
+    options = DrawOptions(
+        temperature=zeros + 0.7,
+        top_k=zeros.int(),
+        top_p=zeros + 1,
+        min_p=zeros,
+        seeds=torch.full((rows,), 7, device="cuda"),
+        positions=torch.arange(rows, device="cuda"),
+        truncates=False,
+    )
+    ours, _ = chosen(SAMPLE_TOKENS)(logits.expand(rows, 40).contiguous(), options)
+    expected = (logits / 0.7).softmax(-1) * rows
+    counts = torch.zeros(40, device="cuda").scatter_add_(0, ours, zeros + 1)
+    assert ((counts - expected) ** 2 / expected).sum() < 96
+
+
+def test_a_decode_step_can_be_captured_in_a_graph():
+    """Lengths are read on the device: replayed after a token, the same graph sees the next one."""
+    attention = chosen(PAGED_ATTENTION, head_dim=64)
+    pages = Pages([(1, 300), (1, 900)], 4, 2, 64, torch.bfloat16, device="cuda")
+    batch = pages.batch
+    lengths = batch.context_lens.clone()
+    static = AttentionBatch(batch.query_starts, lengths, batch.block_tables, 1, 4096)
+    attention(pages.query, pages.kv_cache, static, 0.125)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(pages.query, pages.kv_cache, static, 0.125)
+    for shorter in (0, 1, 250):
+        lengths.copy_(batch.context_lens - shorter)
+        graph.replay()
+        now = AttentionBatch(batch.query_starts, lengths, batch.block_tables, 1, 900)
+        close(
+            out, PAGED_ATTENTION.reference(pages.query.float(), pages.kv_cache.float(), now, 0.125)
+        )

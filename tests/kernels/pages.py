@@ -1,0 +1,59 @@
+"""A paged KV cache with known contents, for tests of attention over it."""
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import AttentionBatch
+
+
+class Pages:
+    """A cache whose every row outside the sequences is NaN, and the dense tensors it holds."""
+
+    def __init__(self, lengths, heads, kv_heads, dim, dtype, block_size=16, device="cpu"):
+        counts = [-(-context // block_size) for _, context in lengths]
+        num_blocks = sum(counts) + 3
+        shape = (2, num_blocks, kv_heads, block_size, dim)
+        cache = torch.full(shape, float("nan"), dtype=dtype)
+        # Rows of the table are wider than any sequence needs; what is beyond must not be read.
+        tables = torch.full((len(lengths), max(counts) + 2), 2**30, dtype=torch.int32)
+        free = iter(torch.randperm(num_blocks).tolist())
+        self.dense: list[Tensor] = []  # each [2, context, Hkv, D]
+        for b, (_, context) in enumerate(lengths):
+            dense = torch.randn(2, context, kv_heads, dim).to(dtype)
+            self.dense.append(dense.to(device))
+            for i in range(counts[b]):
+                tables[b, i] = block = next(free)
+                rows = dense[:, i * block_size : (i + 1) * block_size].transpose(1, 2)
+                cache[:, block, :, : rows.shape[2]] = rows
+        queries = [count for count, _ in lengths]
+        contexts = [context for _, context in lengths]
+        starts = torch.tensor([0, *queries]).cumsum(0).int().to(device)
+        self.kv_cache = cache.to(device)
+        self.batch = AttentionBatch(
+            starts,
+            torch.tensor(contexts).int().to(device),
+            tables.to(device),
+            max(queries),
+            max(contexts),
+        )
+        qkv = torch.randn(sum(queries), (heads + 2 * kv_heads) * dim).to(device, dtype)
+        self.query = qkv[:, : heads * dim].view(-1, heads, dim)
+
+    def expected(self, scale: float) -> Tensor:
+        """By torch's own attention in fp64, rounded to fp32, one sequence at a time."""
+        out = []
+        starts = self.batch.query_starts.tolist()
+        for b, dense in enumerate(self.dense):
+            query = self.query[starts[b] : starts[b + 1]].double().transpose(0, 1)
+            keys, values = dense.double().transpose(1, 2)
+            group = query.shape[0] // keys.shape[0]
+            keys, values = (t.repeat_interleave(group, dim=0) for t in (keys, values))
+            rows, context = query.shape[1], keys.shape[1]
+            mask = torch.ones(rows, context, dtype=torch.bool, device=query.device).tril(
+                context - rows
+            )
+            mixed = torch.nn.functional.scaled_dot_product_attention(
+                query, keys, values, attn_mask=mask, scale=scale
+            )
+            out.append(mixed.transpose(0, 1).float())
+        return torch.cat(out)

@@ -1,0 +1,119 @@
+"""Triton's paged attention against torch: in Triton's interpreter, or on the GPU if there is one.
+
+The interpreter cannot multiply bf16 matrices; `tests/gpu` does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernels.pages import Pages
+
+pytest.importorskip("triton")
+
+from octavo.kernels import PAGED_ATTENTION, AttentionBatch, Case
+from octavo.kernels import triton_paged_attention as module
+from octavo.kernels.triton_paged_attention import triton_paged_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+MIXED = [(1, 1), (1, 15), (1, 16), (1, 17), (5, 5), (16, 16), (0, 9), (20, 27), (3, 65), (1, 150)]
+HEADS = [(6, 2, 64), (2, 2, 80), (5, 1, 128), (1, 1, 256), (20, 1, 24)]
+
+
+@pytest.fixture(autouse=True)
+def _short_splits(monkeypatch):
+    """So that contexts of a few hundred tokens have several parts, of more than one length."""
+    monkeypatch.setattr(module, "SPLIT_LEN", 32)
+    monkeypatch.setattr(module, "MAX_SPLITS", 4)
+
+
+def check(pages: Pages, scale: float, tolerance: float | None = None) -> None:
+    ours = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, scale)
+    assert ours.is_contiguous()
+    tolerance = tolerance or TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours.float(), pages.expected(scale), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_a_mixed_batch(poisoned, heads, kv_heads, dim):
+    check(Pages(MIXED, heads, kv_heads, dim, torch.float32, device=DEVICE), 0.2)
+
+
+def test_half_precision(poisoned):
+    check(Pages(MIXED, 6, 2, 64, torch.float16, device=DEVICE), 0.125)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 48])
+def test_any_block_size(poisoned, block_size):
+    pages = Pages([(1, 50), (40, 70)], 4, 2, 32, torch.float32, block_size, DEVICE)
+    check(pages, 0.125)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[(1, 700)], [(1, 128), (1, 129), (2, 31)], [(100, 150)], [(20, 20)] * 3], ids=str
+)
+def test_uniform_and_long(poisoned, lengths):
+    check(Pages(lengths, 4, 2, 64, torch.float32, device=DEVICE), 0.125)
+
+
+def test_large_scores_do_not_overflow(poisoned):
+    pages = Pages([(20, 100), (1, 150)], 4, 2, 64, torch.float32, device=DEVICE)
+    check(pages, 30.0, 2e-3)  # the order of fp32 sums differs, times the scale
+
+
+def test_a_query_that_sees_nothing_gets_zeros(poisoned):
+    pages = Pages([(1, 40), (1, 1)], 4, 2, 64, torch.float32, device=DEVICE)
+    pages.batch.context_lens[1] = 0
+    ours = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 1.0)
+    assert torch.equal(ours[1], torch.zeros_like(ours[1]))
+    assert ours.isfinite().all()
+
+
+def test_an_empty_batch():
+    pages = Pages([(0, 5)], 4, 2, 64, torch.float32, device=DEVICE)
+    ours = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 1.0)
+    assert ours.shape == (0, 4, 64)
+
+
+def one_by_one(pages: Pages) -> list[torch.Tensor]:
+    """The same sequences, each in a call of its own."""
+    starts, lengths = pages.batch.query_starts.tolist(), pages.batch.context_lens.tolist()
+    results = []
+    for b, context in enumerate(lengths):
+        count = starts[b + 1] - starts[b]
+        alone = AttentionBatch(
+            torch.tensor([0, count], dtype=torch.int32, device=DEVICE),
+            pages.batch.context_lens[b : b + 1],
+            pages.batch.block_tables[b : b + 1],
+            count,
+            context,
+        )
+        query = pages.query[starts[b] : starts[b + 1]]
+        results.append(triton_paged_attention(query, pages.kv_cache, alone, 0.2))
+    return results
+
+
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
+    pages = Pages(MIXED, 6, 2, 64, torch.float32, device=DEVICE)
+    together = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.2)
+    assert torch.equal(together, torch.cat(one_by_one(pages)))
+
+
+def test_it_refuses_what_it_would_misread():
+    pages = Pages([(2, 20)], 4, 2, 64, torch.float32, device=DEVICE)
+    query, cache, batch = pages.query, pages.kv_cache, pages.batch
+    with pytest.raises(ValueError, match="multiple of Hkv"):
+        triton_paged_attention(query[:, :3], cache, batch, 1.0)
+    with pytest.raises(ValueError, match="one dtype"):
+        triton_paged_attention(query.half(), cache, batch, 1.0)
+    with pytest.raises(ValueError, match="dense heads"):
+        triton_paged_attention(query[:, :, ::2], cache[..., :32].contiguous(), batch, 1.0)
+
+
+def test_cases_left_to_the_reference_say_why():
+    wide = PAGED_ATTENTION.select(Case("cuda", torch.bfloat16, {"head_dim": 512}))
+    assert wide.name == "reference"
+    assert "head sizes up to 256, not 512" in str(wide)
+    on_cpu = PAGED_ATTENTION.select(Case("cpu", torch.float16, {"head_dim": 64}))
+    assert "made for cuda, not cpu" in str(on_cpu)

@@ -1,0 +1,150 @@
+"""Triton's norms, gates, rotations and cache writes: in its interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from octavo.kernels import KV_WRITE, QK_NORM_ROTARY_KV_WRITE, RMS_NORM, ROTARY_KV_WRITE, SILU_MUL
+from octavo.kernels.triton_rms_norm import triton_rms_norm
+from octavo.kernels.triton_rotary_kv_write import (
+    triton_kv_write,
+    triton_qk_norm_rotary_kv_write,
+    triton_rotary_kv_write,
+)
+from octavo.kernels.triton_silu_mul import triton_silu_mul
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter cuts bf16 off where a GPU rounds.
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2 if DEVICE == "cuda" else 3e-2}
+SHAPES = [(0, 16), (1, 1), (3, 100), (1, 4097)]
+
+
+def normal(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def close(ours: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(poisoned, dtype, shape, with_residual):
+    x, weight = normal(*shape, dtype=dtype), normal(shape[1], dtype=dtype)
+    residual = normal(*shape, dtype=dtype) if with_residual else None
+    expected = RMS_NORM.reference(x, weight, 1e-5, residual)
+    normed, hidden = triton_rms_norm(x, weight, 1e-5, residual)
+    close(normed, expected[0])
+    if dtype is torch.float32 or DEVICE == "cuda":
+        assert torch.equal(hidden, expected[1])  # the sum is rounded once, in both
+    close(hidden, expected[1])
+
+
+def test_rms_norm_reads_strided_rows(dtype):
+    wide, weight = normal(5, 300, dtype=dtype), normal(100, dtype=dtype)
+    ours, _ = triton_rms_norm(wide[:, 100:200], weight, 1e-6)
+    close(ours, RMS_NORM.reference(wide[:, 100:200], weight, 1e-6)[0])
+
+
+def test_rms_norm_refuses_what_it_would_misread():
+    x, weight = normal(4, 8, dtype=torch.float32), normal(8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="dense rows"):
+        triton_rms_norm(x.t(), weight[:4], 1e-5)
+    with pytest.raises(ValueError, match="one dtype"):
+        triton_rms_norm(x, weight.bfloat16(), 1e-5)
+    with pytest.raises(ValueError, match="residual"):
+        triton_rms_norm(x, weight, 1e-5, x[:, :7])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_silu_mul(poisoned, dtype, shape):
+    x = 3 * normal(shape[0], 2 * shape[1], dtype=dtype)
+    close(triton_silu_mul(x), SILU_MUL.reference(x.float()).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # as it should, on its way to 0
+def test_silu_mul_saturates_without_nan(dtype):
+    gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]]).to(DEVICE, dtype)
+    ours = triton_silu_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    close(ours, torch.nn.functional.silu(gate))
+
+
+def test_silu_mul_refuses_an_odd_width():
+    with pytest.raises(ValueError, match="2I"):
+        triton_silu_mul(normal(2, 7, dtype=torch.float32))
+
+
+class Step:
+    """One fused qkv tensor, its three strided views, and a cache full of NaN."""
+
+    def __init__(self, tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype):
+        self.sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
+        self.dim = dim
+        self.qkv = normal(tokens, sum(self.sizes), dtype=dtype)
+        self.angles = (
+            torch.randint(0, 3000, (tokens,)).to(DEVICE),
+            normal(3000, dim, dtype=torch.float32).clamp(-1, 1),
+        )
+        self.slots = torch.randperm(5 * 16)[:tokens].to(DEVICE)
+        shape = (2, 5, kv_heads, 16, dim)
+        self.cache = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+    def run(self, op, *more) -> tuple[Tensor, Tensor]:
+        """What the op makes of copies of qkv and the cache."""
+        qkv, cache = self.qkv.clone(), self.cache.clone()
+        views = [part.unflatten(1, (-1, self.dim)) for part in qkv.split(self.sizes, dim=1)]
+        if op in (KV_WRITE.reference, triton_kv_write):
+            op(*views[1:], cache, self.slots)
+        else:
+            op(*views, *self.angles, cache, self.slots, *more)
+        return qkv, cache
+
+    def check(self, op, reference, *more) -> None:
+        qkv, cache = self.run(op, *more)
+        expected_qkv, expected_cache = self.run(reference, *more)
+        close(qkv, expected_qkv)
+        assert torch.equal(cache.isnan(), expected_cache.isnan())  # its slots and no other
+        close(cache.nan_to_num(), expected_cache.nan_to_num())
+
+
+HEADS = [(9, 3, 64), (4, 4, 80), (17, 1, 2)]
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_rotation_and_cache_write(dtype, tokens, heads, kv_heads, dim):
+    step = Step(tokens, heads, kv_heads, dim, dtype)
+    step.check(triton_rotary_kv_write, ROTARY_KV_WRITE.reference)
+    step.check(triton_kv_write, KV_WRITE.reference)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_qk_norm(dtype, heads, kv_heads, dim):
+    weights = normal(2, dim, dtype=dtype)
+    step = Step(5, heads, kv_heads, dim, dtype)
+    step.check(triton_qk_norm_rotary_kv_write, QK_NORM_ROTARY_KV_WRITE.reference, *weights, 1e-6)
+
+
+def test_the_writes_refuse_what_they_would_misread():
+    step = Step(4, 4, 2, 32, torch.float32)
+    query, key, value = (part.view(4, -1, 32) for part in step.qkv.split(step.sizes, dim=1))
+    positions, cos_sin = step.angles
+    given = {
+        "one dtype": (query, key.bfloat16(), value, positions, cos_sin, step.cache, step.slots),
+        "positions": (query, key, value, positions.int(), cos_sin, step.cache, step.slots),
+        "fp32": (query, key, value, positions, cos_sin.double(), step.cache, step.slots),
+        "slots": (query, key, value, positions, cos_sin, step.cache, step.slots[:3]),
+        "kv_cache": (query, key, value, positions, cos_sin, step.cache[:, :, :1], step.slots),
+    }
+    for rule, arguments in given.items():
+        with pytest.raises(ValueError, match=rule):
+            triton_rotary_kv_write(*arguments)
+    weight = torch.ones(31, device=DEVICE)
+    right = (query, key, value, positions, cos_sin, step.cache, step.slots)
+    with pytest.raises(ValueError, match="weights"):
+        triton_qk_norm_rotary_kv_write(*right, weight, weight, 1e-6)
