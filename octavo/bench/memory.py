@@ -212,11 +212,13 @@ class LengthExecutor:
 
 def draw_workload(setup: MemorySetup) -> Workload:
     """The requests' lengths, with the spread that follows from the paper's figures."""
-    recipe = dataclasses.replace(RECIPES[setup.workload], spread=SPREAD)
     size = TraceSize(
-        num_requests=setup.num_requests, max_model_len=setup.max_model_len, seed=setup.seed
+        num_requests=setup.num_requests,
+        max_model_len=setup.max_model_len,
+        spread=SPREAD,
+        seed=setup.seed,
     )
-    return make_workload(recipe, size)
+    return make_workload(RECIPES[setup.workload], size)
 
 
 def compare_memory(setup: MemorySetup, workload: Workload) -> list[MemoryRow]:

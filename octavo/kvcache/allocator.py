@@ -77,8 +77,8 @@ class Allocator(Protocol):
         """Copies that must be made before the next step, in order; each is told once."""
         ...
 
-    def lose(self, transfers: Iterable[Transfer]) -> None:
-        """These copies may not have been made: what they should have kept is not there."""
+    def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
+        """The content of these blocks is not what it was taken for: nobody must find it."""
         ...
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
@@ -173,7 +173,7 @@ class PagedAllocator:
         self._transfers.clear()
         return transfers
 
-    def lose(self, transfers: Iterable[Transfer]) -> None:
+    def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
         """Nothing is kept outside of the blocks that sequences hold."""
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:

@@ -8,7 +8,7 @@ simply consecutive ids, and the engine runs on it unchanged. Pure Python; knows 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
-from octavo.core import Sequence, Transfer
+from octavo.core import Sequence, Tier, Transfer
 from octavo.errors import IntegrityError
 from octavo.kvcache.run_pools import BuddyPool, FirstFitPool, RunPool
 
@@ -91,7 +91,7 @@ class RunAllocator(ABC):
         """Nothing is ever copied."""
         return ()
 
-    def lose(self, transfers: Iterable[Transfer]) -> None:
+    def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
         return  # nothing was to be copied
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:

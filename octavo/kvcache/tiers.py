@@ -151,22 +151,18 @@ class TieredAllocator(PrefixAllocator):
         super().free(sequence)
         self._forget_swapped(sequence)
 
-    def lose(self, transfers: Iterable[Transfer]) -> None:
-        """Forget the contents of both ends below the device: a bad source is as bad as a target."""
+    def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
+        """Forget these contents; who was swapped to one of them will be computed again."""
         lost: set[int] = set()
-        for transfer in transfers:
-            for tier, block_id in (
-                (transfer.source_tier, transfer.source),
-                (transfer.target_tier, transfer.target),
-            ):
-                if tier is not Tier.DEVICE:
-                    self._stores[tier].pool.forget(block_id)
-                if tier is Tier.HOST:
-                    lost.add(block_id)
+        for tier, block_id in places:
+            if tier is not Tier.DEVICE:
+                self._stores[tier].pool.forget(block_id)
+            if tier is Tier.HOST:
+                lost.add(block_id)
         for sequence in list(self._swapped.values()):
             swapped = sequence.swapped
             if swapped is not None and lost.intersection(swapped.host_block_ids):
-                self._forget_swapped(sequence)  # it will be computed again
+                self._forget_swapped(sequence)
 
     def forget_all(self) -> None:
         super().forget_all()

@@ -41,6 +41,7 @@ from octavo.scheduler.decisions import DecisionLog
 from octavo.scheduler.preemption import Preemption
 from octavo.scheduler.queues import FirstComeFirstServed, QueuePolicy
 from octavo.scheduler.siblings import BeamGroup, Siblings, Succession
+from octavo.scheduler.spoilt import spoilt_places
 from octavo.scheduler.step import StepBuilder
 from octavo.scheduler.waiting import WaitingRoom
 
@@ -214,7 +215,7 @@ class Scheduler:
     def discard(self, plan: StepPlan) -> None:
         """There will be no result for this plan; whoever ran in it must be ended by `fail`."""
         self._land(plan)
-        self.allocator.lose(plan.transfers)
+        self.allocator.lose({(t.target_tier, t.target) for t in plan.transfers})
         # The runner may not have read it: it must hear again whom to forget.
         self._dropped = [*plan.dropped, *self._dropped]
 
@@ -233,14 +234,17 @@ class Scheduler:
         for transfer in plan.transfers:
             name = f"{transfer.source_tier.name}_to_{transfer.target_tier.name}".lower()
             self._num_transfers[name] += 1
-        failed = [plan.transfers[index] for index in result.failed_transfers]
-        if not failed:
+        if not result.failed_transfers:
             return
-        self.allocator.lose(failed)
-        bad = {transfer.target for transfer in failed if transfer.target_tier is Tier.DEVICE}
-        for new in plan.new:
-            sequence = self._sequences.get(new.sequence_id)
-            if sequence is not None and bad.intersection(new.block_ids):
+        later = [flight.plan for flight in self._in_flight]
+        spoilt = spoilt_places(result.failed_transfers, [plan, *later])
+        self.allocator.lose(spoilt)
+        bad = {block_id for tier, block_id in spoilt if tier is Tier.DEVICE}
+        tables: dict[str, SequenceOf[int]] = {s.id: s.block_ids for s in self._running}
+        tables |= {new.sequence_id: new.block_ids for p in (plan, *later) for new in p.new}
+        for sequence_id, table in tables.items():
+            sequence = self._sequences.get(sequence_id)
+            if sequence is not None and not bad.isdisjoint(table):
                 sequence.valid_from_step = self._counts["steps"] + 1
                 sequence.num_pending_tokens = 0
                 sequence.awaits_result = False

@@ -21,7 +21,7 @@ from octavo.sim.actions import (
     Squeeze,
 )
 from octavo.sim.clock import VirtualClock
-from octavo.sim.faults import Faults, FaultyExecutor
+from octavo.sim.faults import Fault, Faults, FaultyExecutor, Injection
 from octavo.sim.history import Client, History
 from octavo.sim.parts import EngineSetup, Parts
 from octavo.sim.trace import Trace, TracedStep
@@ -129,7 +129,7 @@ class SimulatedEngine:
             raise IntegrityError(f"the engine goes on though {MAX_FAILED_STEPS} steps failed")
         if plan is not None and plan.num_tokens > self.setup.max_num_batched_tokens:
             raise IntegrityError(f"a step of {plan.num_tokens} tokens is over the budget")
-        self._check_preemptions()
+        self._check_preemptions(injections)
         self._tell(outcome)
         self._recount()
 
@@ -148,14 +148,17 @@ class SimulatedEngine:
         # Asynchronously its end is seen a step later, and so is the room that it leaves.
         return num_steps + (2 if self.setup.asynchronous else 0)
 
-    def _check_preemptions(self) -> None:
+    def _check_preemptions(self, injections: list[Injection]) -> None:
         """Nobody is pushed out of a pool that has room for all of everyone.
 
-        Priority may push out for places, and asynchronously who has ended still holds blocks.
+        Priority may push out for places, asynchronously who has ended still holds blocks, and who
+        was given a block that got lost starts anew.
         """
         before, self._num_preemptions = self._num_preemptions, self.core.stats().num_preemptions
         setup = self.setup
         if self._num_preemptions == before or setup.policy == "priority" or setup.asynchronous:
+            return
+        if any(injection.fault is Fault.LOST_BLOCK for injection in injections):
             return
         needed = sum(
             -(-client.max_num_tokens // setup.block_size) for client in self.history.live.values()
@@ -220,8 +223,8 @@ class SimulatedEngine:
         if limit is not None and self.core.stats().num_waiting > limit:
             raise IntegrityError(f"more than {limit} requests may wait")
         if self.setup.is_orderly and not self.allocator.num_hidden_blocks:
-            for client in clients:
-                client.due_step = self._step_when_idle()
+            # Its siblings may be overtaken while they wait for the prompt: they have no due time.
+            clients[0].due_step = self._step_when_idle()
 
     def _max_tokens(self, request: Request) -> int:
         room = self.setup.max_model_len - len(request.prompt_token_ids)

@@ -154,20 +154,17 @@ def _hashed_ids(key: str, count: int, vocab_size: int) -> list[int]:
 class TraceRecipe:
     """What a made trace is like. Lengths are log-normal with these means, in tokens.
 
-    spread: standard deviation of the logarithm of a length.
     num_groups, num_shared_tokens: each request begins with the text of one of so many groups, so
         long, before its own prompt.
     """
 
     mean_prompt_tokens: float
     mean_output_tokens: float
-    spread: float = 1.0
     num_groups: int = 0
     num_shared_tokens: int = 0
 
 
-# The means are those of PagedAttention (arXiv 2309.06180, figure 11), which draws the spread but
-# gives no number for it: 1.0, with which the mean is 1.65 times the median, is ours.
+# The means are those of PagedAttention (arXiv 2309.06180, figure 11).
 RECIPES: dict[str, TraceRecipe] = {
     "sharegpt": TraceRecipe(mean_prompt_tokens=161.31, mean_output_tokens=337.99),
     "alpaca": TraceRecipe(mean_prompt_tokens=19.31, mean_output_tokens=58.45),
@@ -196,6 +193,10 @@ class TraceSize:
         2048, "prompt and output together are cut to fit this context, before they are scaled"
     )
     block_size: int = option(16, "tokens that one hash of a shared prefix stands for")
+    # PagedAttention's figure draws the spread of lengths but gives no number for it.
+    spread: float = option(
+        1.0, "standard deviation of the logarithm of lengths: at 1 the mean is 1.65 medians"
+    )
     seed: int = option(0, "the same seed gives the same trace")
 
 
@@ -222,8 +223,8 @@ def _draw_request(
         group = rng.randrange(recipe.num_groups)
         prefix = tuple(range(group * num_blocks, (group + 1) * num_blocks))
     room = size.max_model_len - recipe.num_shared_tokens
-    prompt = min(_draw_length(rng, recipe.mean_prompt_tokens, recipe.spread), room - 1)
-    output = min(_draw_length(rng, recipe.mean_output_tokens, recipe.spread), room - prompt)
+    prompt = min(_draw_length(rng, recipe.mean_prompt_tokens, size.spread), room - 1)
+    output = min(_draw_length(rng, recipe.mean_output_tokens, size.spread), room - prompt)
     # The sum is scaled, not each length, so that rounding cannot overflow the context.
     total = max(2, int(size.scale * (prompt + output)))
     scaled_prompt = min(max(1, round(size.scale * prompt)), total - 1)
@@ -245,6 +246,8 @@ def _check(recipe: TraceRecipe, size: TraceSize) -> None:
         raise ConfigError("a trace needs at least one request, and blocks of at least one token")
     if size.rate is not None and not 0 < size.rate < math.inf:
         raise ConfigError(f"the rate of arrivals must be positive and finite, got {size.rate}")
+    if not 0 <= size.spread <= 3:
+        raise ConfigError(f"the spread of lengths must be in 0..3, got {size.spread}")
     if not 0 < size.scale <= 1:
         raise ConfigError(f"the scale of a trace must be in 0..1, got {size.scale}")
     if size.max_model_len < recipe.num_shared_tokens + 2:

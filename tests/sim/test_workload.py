@@ -82,9 +82,9 @@ def test_a_seed_gives_one_trace_and_another_seed_another():
 
 
 def test_lengths_have_the_recipes_means_and_arrivals_the_rate():
-    recipe = TraceRecipe(mean_prompt_tokens=50.0, mean_output_tokens=100.0, spread=0.7)
+    recipe = TraceRecipe(mean_prompt_tokens=50.0, mean_output_tokens=100.0)
     requests = make_workload(
-        recipe, TraceSize(num_requests=20_000, rate=8.0, max_model_len=10**6)
+        recipe, TraceSize(num_requests=20_000, rate=8.0, max_model_len=10**6, spread=0.7)
     ).requests
     assert statistics.mean(r.num_prompt_tokens for r in requests) == pytest.approx(50.0, rel=0.03)
     assert statistics.mean(r.num_output_tokens for r in requests) == pytest.approx(100.0, rel=0.03)
