@@ -25,6 +25,7 @@ STEPS = {
         "octavo sim --trace trace.jsonl --max-num-seqs 16 --compare --plot simulator.png",
     ),
     "ladder": ("batching.md", "octavo bench ladder --plot ladder-simulated.png"),
+    "policies": ("scheduling.md", "octavo bench policies --plot policies.png"),
     "real": ("batching.md", "octavo bench ladder --real --plot ladder-real.png"),
 }
 TRACE = "octavo trace chat --num-requests 256 --rate 6 --scale 0.25 --seed 7 --out trace.jsonl"

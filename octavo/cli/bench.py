@@ -3,7 +3,7 @@
 import argparse
 from types import ModuleType
 
-from octavo.cli import bench_ladder, bench_memory, bench_record
+from octavo.cli import bench_ladder, bench_memory, bench_policies, bench_record
 
 HELP = "measure the engine and its parts"
 
@@ -11,6 +11,7 @@ BENCHES: dict[str, ModuleType] = {
     "record": bench_record,
     "ladder": bench_ladder,
     "memory": bench_memory,
+    "policies": bench_policies,
 }
 
 

@@ -20,11 +20,15 @@ SAMPLING_FLAGS: tuple[tuple[str, type, str], ...] = (
     ("repetition_penalty", float, "divides the logits of tokens seen before"),
     ("seed", int, "the same seed gives the same text"),
     ("max_tokens", int, "most tokens to generate"),
+)
+# And those for a prompt that is to be answered more than once, or by search.
+ANSWER_FLAGS: tuple[tuple[str, type, str], ...] = (
+    ("n", int, "answers to the prompt"),
     ("use_beam_search", bool, "keep the likeliest continuations instead of drawing tokens"),
     ("beam_width", int, "how many continuations a beam search keeps"),
     ("length_penalty", float, "a beam search prefers longer answers above 0, shorter ones below"),
 )
-SAMPLING_NAMES = (*(name for name, _, _ in SAMPLING_FLAGS), "stop")
+SAMPLING_NAMES = (*(name for name, _, _ in (*SAMPLING_FLAGS, *ANSWER_FLAGS)), "stop")
 
 
 def flag(name: str) -> str:
@@ -95,10 +99,15 @@ def engine_options(arguments: argparse.Namespace) -> EngineOptions:
     return EngineOptions.from_flat(arguments.model, engine_values(arguments))
 
 
-def add_sampling_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
-    """Flags of the sampling options; `defaults` replace those of `SamplingParams`."""
+def add_sampling_flags(
+    parser: argparse.ArgumentParser, *, several: bool = False, **defaults: Any
+) -> None:
+    """Flags of the sampling options; `defaults` replace those of `SamplingParams`.
+
+    several: also those for more than one answer.
+    """
     group = parser.add_argument_group("sampling")
-    for name, kind, text in SAMPLING_FLAGS:
+    for name, kind, text in (*SAMPLING_FLAGS, *(ANSWER_FLAGS if several else ())):
         shown = f" (default: {defaults[name]})" if name in defaults else ""
         takes: dict[str, Any] = {"type": kind, "metavar": kind.__name__.upper()}
         if kind is bool:

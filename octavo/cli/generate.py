@@ -35,7 +35,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="JSON lines, one for each of the input's"
     )
-    add_sampling_flags(parser, max_tokens=256)
+    add_sampling_flags(parser, several=True, max_tokens=256)
     add_engine_flags(parser)
 
 
@@ -45,8 +45,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--input and --output go together; for one prompt use --prompt")
     if arguments.input is not None:
         return _run_file(arguments)
+    sampling = sampling_params(arguments)
     llm = _load(arguments)
-    for delta in llm.stream(arguments.prompt, sampling_params(arguments)):
+    if sampling.n > 1:
+        for answer in llm.generate(arguments.prompt, sampling, use_tqdm=False)[0].outputs:
+            print(f"[{answer.index}]{answer.text}")
+        return 0
+    for delta in llm.stream(arguments.prompt, sampling):
         print(delta.text, end="", flush=True)
     print()
     return 0
@@ -60,14 +65,16 @@ def _run_file(arguments: argparse.Namespace) -> int:
     outputs = llm.generate(prompts, sampling)
     with arguments.output.open("w", encoding="utf-8") as file:
         for (_, line), output in zip(lines, outputs, strict=True):
-            answer = output.outputs[0]
-            result = {
-                "text": answer.text,
-                "token_ids": answer.token_ids,
-                "finish_reason": answer.finish_reason,
-                "num_prompt_tokens": len(output.prompt_token_ids),
-            }
-            file.write(json.dumps(line | result, ensure_ascii=False) + "\n")
+            for answer in output.outputs:
+                result = {
+                    "text": answer.text,
+                    "token_ids": answer.token_ids,
+                    "finish_reason": answer.finish_reason,
+                    "num_prompt_tokens": len(output.prompt_token_ids),
+                }
+                if len(output.outputs) > 1:
+                    result["index"] = answer.index
+                file.write(json.dumps(line | result, ensure_ascii=False) + "\n")
     print(f"{len(outputs)} answers written to {arguments.output}", file=sys.stderr)
     return 0
 

@@ -4,6 +4,8 @@ A queue without bound turns overload into latency for everybody; a request that 
 in time costs those that could. Both are refused at once, so that their clients can go elsewhere.
 """
 
+from collections.abc import Callable
+
 from octavo.core import Sequence
 from octavo.errors import CapacityError, OverloadedError
 from octavo.kvcache import Allocator
@@ -53,11 +55,18 @@ class QueueBounds:
         self._max_num_tokens = max_num_tokens
 
     def check(
-        self, sequence: Sequence, *, num_queued: int, num_queued_tokens: int, num_new: int = 1
+        self,
+        sequence: Sequence,
+        *,
+        num_queued: int,
+        num_queued_tokens: int,
+        tokens_ahead: Callable[[Sequence], int],
+        num_new: int = 1,
     ) -> None:
         """Raise `OverloadedError` where the queue is full or the deadline cannot be met.
 
-        `num_new` answers to the same prompt come at once; it is computed once for all of them.
+        tokens_ahead: how many queued prompt tokens the policy serves before a sequence's.
+        num_new: so many answers to one prompt come at once; it is computed once for all of them.
         """
         if self._max_num_reqs is not None and num_queued + num_new > self._max_num_reqs:
             raise OverloadedError(
@@ -72,6 +81,7 @@ class QueueBounds:
         deadline_ms = sequence.request.options.deadline_ms
         speed = self.speed.tokens_per_s
         if deadline_ms is not None and speed is not None:
+            num_tokens = tokens_ahead(sequence) + sequence.num_prompt_tokens
             expected_ms = 1e3 * num_tokens / speed
             if expected_ms > deadline_ms:
                 raise OverloadedError(

@@ -35,7 +35,6 @@ class Story:
     """All phases of one request, oldest first. Sole writer: the decision log."""
 
     request_id: str
-    num_prompt_tokens: int
     phases: list[Phase] = field(default_factory=list)
 
     def sentences(self, now_s: float) -> list[str]:
@@ -63,9 +62,9 @@ class DecisionLog:
         self._finished: OrderedDict[str, Story] = OrderedDict()
         self._num_waiting: Counter[str] = Counter()  # by reason, kept up to date phase by phase
 
-    def arrives(self, request_id: str, num_prompt_tokens: int) -> None:
+    def arrives(self, request_id: str) -> None:
         """A request joins the queue."""
-        story = self._live[request_id] = Story(request_id, num_prompt_tokens)
+        story = self._live[request_id] = Story(request_id)
         self._begin(story, "waiting", QUEUED, "")
 
     def waits(self, request_id: str, reason: str, explain: Callable[[], str]) -> None:
@@ -75,11 +74,10 @@ class DecisionLog:
         if last.reason != reason:
             self._begin(story, last.name, reason, explain())
 
-    def runs(self, request_id: str, num_cached_tokens: int) -> None:
-        """The request is admitted."""
-        story = self._live[request_id]
-        detail = f"{num_cached_tokens} of {story.num_prompt_tokens} prompt tokens were cached"
-        self._begin(story, "running", "admitted", detail)
+    def runs(self, request_id: str, num_computed_tokens: int, num_tokens: int) -> None:
+        """The request is admitted, with KV of so many of its tokens."""
+        detail = f"{num_computed_tokens} of {num_tokens} tokens had their KV"
+        self._begin(self._live[request_id], "running", "admitted", detail)
 
     def held_back(self, request_id: str) -> None:
         """A running request got fewer tokens than it asked for, perhaps none."""

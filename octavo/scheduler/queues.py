@@ -43,6 +43,10 @@ class QueuePolicy(Protocol):
         """Whether a waiting sequence may push a running one out."""
         ...
 
+    def tokens_ahead(self, sequence: Sequence) -> int:
+        """Prompt tokens of those in the queue who would be served before this newcomer."""
+        ...
+
     def __len__(self) -> int: ...
 
     def __iter__(self) -> Iterator[Sequence]: ...
@@ -82,6 +86,9 @@ class FirstComeFirstServed:
 
     def outranks(self, waiting: Sequence, running: Sequence) -> bool:
         return False
+
+    def tokens_ahead(self, sequence: Sequence) -> int:
+        return sum(other.num_prompt_tokens for other in self._queue)
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -127,6 +134,10 @@ class _Ranked(ABC):
     def victim(self, running: list[Sequence]) -> Sequence:
         # The last of the lowest rank: max() keeps the first of equals, so it looks from the end.
         return max(reversed(running), key=self.rank)
+
+    def tokens_ahead(self, sequence: Sequence) -> int:
+        rank = self.rank(sequence)
+        return sum(other.num_prompt_tokens for other in self if self.rank(other) <= rank)
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -215,6 +226,18 @@ class Fair:
 
     def outranks(self, waiting: Sequence, running: Sequence) -> bool:
         return False
+
+    def tokens_ahead(self, sequence: Sequence) -> int:
+        """Its tenant's own queue, and of every other tenant's as much as fairness gives that one.
+
+        Counters that differ now are not looked at: they even out within the queue.
+        """
+        own = self._queues.get(sequence.request.options.tenant)
+        num_own = sequence.num_prompt_tokens + (0 if own is None else own.tokens_ahead(sequence))
+        others = [
+            queue.tokens_ahead(sequence) for queue in self._queues.values() if queue is not own
+        ]
+        return num_own - sequence.num_prompt_tokens + sum(min(n, num_own) for n in others)
 
     def __len__(self) -> int:
         return self._num_waiting

@@ -109,10 +109,11 @@ class Scheduler:
             num_queued=len(self._waiting),
             num_queued_tokens=self._waiting.num_queued_tokens,
             num_new=len(sequences),
+            tokens_ahead=self._waiting.policy.tokens_ahead,
         )
         for sequence in sequences:
             self._sequences[sequence.id] = sequence
-            self.decisions.arrives(sequence.id, sequence.num_prompt_tokens)
+            self.decisions.arrives(sequence.id)
         self._waiting.add(first)
         if len(sequences) > 1 or first.is_beam:
             group = BeamGroup(sequences) if first.is_beam else Siblings(sequences)

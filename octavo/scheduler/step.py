@@ -121,7 +121,7 @@ class StepBuilder:
         sequence.status = SequenceStatus.RUNNING
         self.running.append(sequence)
         self.admitted.append(sequence)
-        self._log.runs(sequence.id, num_cached_tokens)
+        self._log.runs(sequence.id, num_cached_tokens, len(sequence.token_ids))
 
     def _allowance(self, sequence: Sequence, num_tokens: int) -> tuple[int, Constraint | None]:
         """How many tokens all constraints allow, and which one said the least."""

@@ -82,7 +82,7 @@ def reply_to(error: Exception) -> ErrorReply:
             return ErrorReply(status, str(error), kind, error.param, error.code)
         case OverloadedError():
             return unavailable(
-                "the server has as many requests as it can queue; try again later",
+                f"the server is overloaded: {error}; try again later",
                 "overloaded",
                 retry_after_s=max(1.0, error.retry_after_s),
             )

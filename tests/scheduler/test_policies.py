@@ -5,9 +5,9 @@ import random
 import pytest
 from helpers import create_core, create_executor, create_request, create_scheduler, run_to_end
 
-from octavo.core import FinishReason, RequestOptions
+from octavo.core import FinishReason, RequestOptions, Sequence
 from octavo.errors import OverloadedError
-from octavo.scheduler import PrefillSpeed, QueueBounds
+from octavo.scheduler import PrefillSpeed, QueueBounds, create_queue
 from octavo.sim import VirtualClock
 
 
@@ -151,6 +151,24 @@ def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once():
     scheduler.check_integrity()
 
 
+@pytest.mark.parametrize(
+    "policy, expected",
+    [("fcfs", 100 + 200 + 300), ("priority", 100), ("deadline", 200), ("fair", 100 + 150)],
+)
+def test_a_deadline_is_held_to_what_the_policy_serves_before(policy, expected):
+    queue = create_queue(policy)
+
+    def sequence(arrival, num_tokens, **options):
+        made = create_request(num_tokens, 1, options=RequestOptions(**options))
+        return Sequence(made, 1, arrival_s=float(arrival), arrival=arrival)
+
+    queue.add(sequence(0, 100, priority=0, tenant="a"))
+    queue.add(sequence(1, 200, priority=2, tenant="b", deadline_ms=10))
+    queue.add(sequence(2, 300, priority=3, tenant="b", deadline_ms=90_000))
+    newcomer = sequence(3, 50, priority=1, tenant="a", deadline_ms=1000)
+    assert queue.tokens_ahead(newcomer) == expected
+
+
 def test_the_story_of_a_request_names_what_bound_it_and_for_how_long():
     clock = VirtualClock()
     scheduler = create_scheduler(num_blocks=6, block_size=4, clock=clock, max_num_batched_tokens=64)
@@ -172,7 +190,7 @@ def test_the_story_of_a_request_names_what_bound_it_and_for_how_long():
         clock.advance(0.01)
     story = scheduler.decisions.why("second")["second"]
     assert story[-1] == "finished: length"
-    assert story[-2].startswith("running 10 ms: admitted (0 of 12 prompt tokens were cached)")
+    assert story[-2].startswith("running 10 ms: admitted (0 of 12 tokens had their KV)")
     assert scheduler.decisions.why("nobody") == {}
 
 
