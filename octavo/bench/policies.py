@@ -42,32 +42,68 @@ class Tenant:
     recipe: TraceRecipe
     size: TraceSize
     priority: int  # the lowest goes first
-    deadline_ms: int | None  # for the first token
+    deadline: float | None = None  # for the first token, as a share of the time for everything
+    all_at_once: bool = False
 
 
 # A batch job sends everything at once; two tenants who wait for their answers come one by one.
-BATCH = TraceSize(num_requests=96, scale=0.25, seed=1)
-AGENT = TraceSize(num_requests=96, rate=1.2, scale=0.25, seed=2)
-CHAT = TraceSize(num_requests=96, rate=1.5, seed=3)
 TENANTS = (
-    Tenant("batch", RECIPES["sharegpt"], BATCH, priority=1, deadline_ms=None),
-    Tenant("agent", RECIPES["sharegpt"], AGENT, priority=0, deadline_ms=30_000),
-    Tenant("chat", RECIPES["alpaca"], CHAT, priority=-1, deadline_ms=10_000),
+    Tenant(
+        "batch",
+        RECIPES["sharegpt"],
+        TraceSize(num_requests=96, scale=0.25, seed=1),
+        priority=1,
+        all_at_once=True,
+    ),
+    Tenant(
+        "agent",
+        RECIPES["sharegpt"],
+        TraceSize(num_requests=96, scale=0.25, seed=2),
+        priority=0,
+        deadline=0.3,
+    ),
+    Tenant(
+        "chat", RECIPES["alpaca"], TraceSize(num_requests=96, seed=3), priority=-1, deadline=0.1
+    ),
 )
 
 
-def mix(tenants: SequenceOf[Tenant] = TENANTS) -> Workload:
-    """The requests of all tenants in order of arrival. The same tenants give the same trace."""
-    traces = [make_workload(tenant.recipe, tenant.size) for tenant in tenants]
+def mix(busy_s: float | None = None) -> Workload:
+    """The requests of all tenants in order of arrival; the same argument gives the same trace.
+
+    busy_s: how long the machine needs for all of it. The tenants who come one by one do so within
+        that time, so that it is overloaded whatever its speed. None lets everybody come at once,
+        without deadlines, which is how that time is found.
+    """
+    traces = [make_workload(tenant.recipe, _spread(tenant, busy_s)) for tenant in TENANTS]
     requests = [
         msgspec.structs.replace(
-            request, tenant=tenant.name, priority=tenant.priority, deadline_ms=tenant.deadline_ms
+            request,
+            tenant=tenant.name,
+            priority=tenant.priority,
+            deadline_ms=None if not (busy_s and tenant.deadline) else _ms(tenant.deadline * busy_s),
         )
-        for tenant, trace in zip(tenants, traces, strict=True)
+        for tenant, trace in zip(TENANTS, traces, strict=True)
         for request in trace.requests
     ]
     requests.sort(key=lambda request: request.arrival_s)
     return Workload(traces[0].header, tuple(requests))
+
+
+def _spread(tenant: Tenant, busy_s: float | None) -> TraceSize:
+    if busy_s is None or tenant.all_at_once:
+        return tenant.size
+    return dataclasses.replace(tenant.size, rate=tenant.size.num_requests / busy_s)
+
+
+def _ms(seconds: float) -> int:
+    return max(1, round(1e3 * seconds))
+
+
+def overload(setup: ReplaySetup, machine: Machine) -> Workload:
+    """The mix that keeps this machine busy, and a little more."""
+    run = replay(mix(), setup, machine)
+    return mix(max(client.token_times[-1] for client in run.clients))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,13 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from octavo.bench.policies import PolicySizes, as_markdown, compare_policies, draw_policies, mix
+from octavo.bench.policies import (
+    PolicySizes,
+    as_markdown,
+    compare_policies,
+    draw_policies,
+    overload,
+)
 from octavo.cli.flags import add_dataclass, collect
 from octavo.cli.sim import add_steps_flag, describe_steps
 from octavo.sim.replay import ReplaySetup, SimulatedMachine
@@ -32,10 +38,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Replay under each policy, print and draw."""
-    workload = mix() if arguments.trace is None else read_trace(arguments.trace)
     times = read_step_times(arguments.steps)
     setup = ReplaySetup(**dataclasses.asdict(PolicySizes(**collect(arguments, PolicySizes))))
-    parts = compare_policies(workload, setup, SimulatedMachine(times))
+    machine = SimulatedMachine(times)
+    if arguments.trace is None:
+        workload = overload(setup, machine)
+    else:
+        workload = read_trace(arguments.trace)
+    parts = compare_policies(workload, setup, machine)
     print("Simulated: " + describe_steps(times, setup))
     print(as_markdown(parts))
     if arguments.plot is not None:
