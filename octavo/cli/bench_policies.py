@@ -41,10 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     times = read_step_times(arguments.steps)
     setup = ReplaySetup(**dataclasses.asdict(PolicySizes(**collect(arguments, PolicySizes))))
     machine = SimulatedMachine(times)
-    if arguments.trace is None:
-        workload = overload(setup, machine)
-    else:
-        workload = read_trace(arguments.trace)
+    given = arguments.trace
+    workload = overload(setup, machine) if given is None else read_trace(given)
     parts = compare_policies(workload, setup, machine)
     print("Simulated: " + describe_steps(times, setup))
     print(as_markdown(parts))

@@ -116,6 +116,11 @@ class SchedulerOptions:
     max_num_queued_tokens: int | None = option(
         None, "prompt tokens that may wait; a good value is target TTFT times prefill speed"
     )
+    target_ttft_ms: int | None = option(
+        None,
+        "refuse a request whose first token would come later than this, by the prompt tokens that "
+        "are served before it and the measured prefill speed; a request's own deadline_ms goes first",
+    )
 
 
 GROUPS: dict[str, type] = {

@@ -67,6 +67,7 @@ class ResolvedConfig:
     async_scheduling: bool
     max_num_queued_reqs: int
     max_num_queued_tokens: int | None
+    target_ttft_ms: int | None
     settings: tuple[Setting, ...]
 
     @property
@@ -169,6 +170,7 @@ def _queueing(options: EngineOptions, ledger: _Ledger) -> dict[str, Any]:
         "async_scheduling": "a step on a CPU hides nothing",
         "max_num_queued_reqs": "bounds the waiting queue",
         "max_num_queued_tokens": "no bound by tokens",
+        "target_ttft_ms": "no bound by time",
     }
     return {
         name: ledger.as_given(name, getattr(options.scheduler, name), why)

@@ -206,6 +206,7 @@ def create_scheduler(
             # Those that could be admitted at once do not really wait.
             max_num_reqs=config.max_num_seqs + config.max_num_queued_reqs,
             max_num_tokens=config.max_num_queued_tokens,
+            target_ttft_ms=config.target_ttft_ms,
         ),
         preemption=Preemption(
             config.preemption_mode, transfers=TransferSpeed(copy_block_s), prefills=speed

@@ -41,7 +41,11 @@ def check_capacity(allocator: Allocator, num_tokens: int) -> None:
 
 
 class QueueBounds:
-    """How many requests and prompt tokens may wait; rule: queued tokens ≤ TTFT × prefill speed."""
+    """How many requests and prompt tokens may wait; rule: queued tokens ≤ TTFT × prefill speed.
+
+    target_ttft_ms: holds requests without a deadline of their own to that rule, with the speed that
+        was measured last.
+    """
 
     def __init__(
         self,
@@ -49,10 +53,12 @@ class QueueBounds:
         *,
         max_num_reqs: int | None = None,
         max_num_tokens: int | None = None,
+        target_ttft_ms: int | None = None,
     ):
         self.speed = speed
         self._max_num_reqs = max_num_reqs
         self._max_num_tokens = max_num_tokens
+        self._target_ttft_ms = target_ttft_ms
 
     def check(
         self,
@@ -78,7 +84,7 @@ class QueueBounds:
                 f"{num_queued_tokens} prompt tokens wait, and with this request's "
                 f"{sequence.num_prompt_tokens} they would be more than {self._max_num_tokens}"
             )
-        deadline_ms = sequence.request.options.deadline_ms
+        deadline_ms = sequence.request.options.deadline_ms or self._target_ttft_ms
         speed = self.speed.tokens_per_s
         if deadline_ms is not None and speed is not None:
             num_tokens = tokens_ahead(sequence) + sequence.num_prompt_tokens
@@ -86,6 +92,6 @@ class QueueBounds:
             if expected_ms > deadline_ms:
                 raise OverloadedError(
                     f"the first token would take some {expected_ms:.0f} ms ({num_tokens} prompt "
-                    f"tokens at {speed:.0f} a second), later than the deadline of {deadline_ms} ms",
+                    f"tokens at {speed:.0f} a second), later than the {deadline_ms} ms that are wanted",
                     retry_after_s=max(1.0, (expected_ms - deadline_ms) / 1e3),
                 )

@@ -69,6 +69,10 @@ def model(tmp_path_factory):
         {"max_num_batched_tokens": 1},
         {"max_num_batched_tokens": 13, "max_num_seqs": 3},
         {"block_size": 4},
+        {"async_scheduling": True},
+        {"async_scheduling": True, "max_num_batched_tokens": 13, "max_num_seqs": 3},
+        {"batching": "static"},
+        {"batching": "continuous", "max_num_seqs": 3},
     ],
     ids=str,
 )

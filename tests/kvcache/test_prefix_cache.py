@@ -11,7 +11,7 @@ from helpers import (
     tokens_of,
 )
 
-from octavo.core import RequestOptions
+from octavo.core import FinishReason, RequestOptions
 from octavo.kvcache import BlockPool
 from octavo.kvcache.prefix import block_key, chain_root
 from octavo.sim import oracle_tokens
@@ -92,6 +92,21 @@ def test_the_least_recently_used_prefix_is_evicted_first_and_from_its_end():
     run(core, create_request(prompt=[9] * 22, max_tokens=1))  # 6 blocks; 4 were never used
     assert run(core, create_request(prompt=new, max_tokens=1)) == 16
     assert run(core, create_request(prompt=old, max_tokens=1)) == 8  # its last two blocks went
+
+
+def test_blocks_of_a_chunk_that_was_not_finite_are_not_found():
+    scheduler = create_scheduler(prefix_caching=True, max_num_batched_tokens=8)
+    executor = create_executor(scheduler)
+    core = create_core(scheduler, executor)
+    first = create_request(prompt=PREFIX[:17], max_tokens=2)
+    core.add(first)
+    core.step()
+    executor.poison(first.request_id, 4)  # known only when the last chunk is sampled
+    assert [e.finish_reason for e in run_to_end(core)] == [FinishReason.ERROR]
+    again = create_request(prompt=PREFIX[:17], max_tokens=2)
+    core.add(again)
+    events = run_to_end(core)
+    assert tokens_of(events, again.request_id) == oracle_tokens(PREFIX[:17], 2, VOCAB_SIZE)
 
 
 def test_a_preempted_request_finds_its_own_blocks_again():

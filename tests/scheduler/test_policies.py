@@ -145,10 +145,26 @@ def test_a_request_that_cannot_meet_its_deadline_is_refused_at_once():
     clock.advance(1.0)  # 100 prompt tokens a second
     scheduler.commit(plan, executor.execute(plan))
     scheduler.add(request("possible", 50, 1, deadline_ms=600))
-    with pytest.raises(OverloadedError, match="1000 ms.*deadline of 900 ms") as caught:
+    with pytest.raises(OverloadedError, match="1000 ms.*the 900 ms that are wanted") as caught:
         scheduler.add(request("impossible", 50, 1, deadline_ms=900))
     assert caught.value.retry_after_s == 1.0
     scheduler.check_integrity()
+
+
+def test_a_target_ttft_bounds_the_queue_by_the_measured_speed():
+    clock = VirtualClock()
+    bounds = QueueBounds(PrefillSpeed(), target_ttft_ms=1200)
+    scheduler = create_scheduler(clock=clock, bounds=bounds, max_num_batched_tokens=100)
+    executor = create_executor(scheduler)
+    scheduler.add(request("measured", 100, 1))  # nothing is known yet: taken
+    plan = scheduler.schedule()
+    clock.advance(1.0)
+    scheduler.commit(plan, executor.execute(plan))
+    scheduler.add(request("first", 60, 1))
+    scheduler.add(request("second", 60, 1))
+    with pytest.raises(OverloadedError, match="180 prompt tokens at 100 a second"):
+        scheduler.add(request("third", 60, 1))
+    scheduler.add(request("patient", 60, 1, deadline_ms=5000))
 
 
 @pytest.mark.parametrize(
