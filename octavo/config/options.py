@@ -118,8 +118,8 @@ class SchedulerOptions:
     )
     target_ttft_ms: int | None = option(
         None,
-        "refuse a request whose first token would come later than this, by the prompt tokens that "
-        "are served before it and the measured prefill speed; a request's own deadline_ms goes first",
+        "refuse a request whose first token would come later, by the prompt tokens that are served "
+        "before it and the measured prefill speed; a request's own deadline_ms replaces it",
     )
 
 

@@ -92,6 +92,7 @@ class QueueBounds:
             if expected_ms > deadline_ms:
                 raise OverloadedError(
                     f"the first token would take some {expected_ms:.0f} ms ({num_tokens} prompt "
-                    f"tokens at {speed:.0f} a second), later than the {deadline_ms} ms that are wanted",
+                    f"tokens at {speed:.0f} a second), later than the {deadline_ms} ms that are "
+                    "wanted",
                     retry_after_s=max(1.0, (expected_ms - deadline_ms) / 1e3),
                 )
