@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from octavo import kvcache
 from octavo.config import (
     Checkpoint,
     EngineOptions,
@@ -16,11 +17,10 @@ from octavo.config import (
     resolve,
     with_kv_cache_bytes,
 )
-from octavo.core import Clock, SystemClock
 from octavo.engine.core import EngineCore
 from octavo.engine.kv_tiers import open_disk
 from octavo.engine.memory_report import MemoryMeter, MemoryReport
-from octavo.kvcache import Allocator, TieredAllocator, create_allocator
+from octavo.kvcache import Allocator, TieredAllocator
 from octavo.layers import Build, KernelReport, finish_layers, kv_specs
 from octavo.models import Model, create_model
 from octavo.runner import (
@@ -31,19 +31,7 @@ from octavo.runner import (
     device_facts,
     measure_kv_cache_bytes,
 )
-from octavo.scheduler import (
-    Blocks,
-    Constraint,
-    Preemption,
-    PrefillSpeed,
-    QueueBounds,
-    Scheduler,
-    SequenceSlots,
-    TokenBudget,
-    TransferSpeed,
-    create_batching,
-    create_queue,
-)
+from octavo.scheduler import SchedulerSettings, create_scheduler
 from octavo.weights import dummy_tensors, load_weights, read_tensors
 
 PhaseListener = Callable[[str, float], None]  # (phase, seconds it took)
@@ -106,12 +94,11 @@ def build_engine(
         disk = open_disk(checkpoint, config)
         storage = create_storage(model, config, num_blocks, disk)
         runner = create_runner(model, config, storage)
-    scheduler = create_scheduler(
-        config,
-        num_blocks,
-        disk_keys=disk.keys() if disk is not None else None,
-        copy_block_s=storage.measure_copy_s(),
+    allocator = create_allocator(
+        config, num_blocks, disk_keys=disk.keys() if disk is not None else None
     )
+    settings = scheduler_settings(config, copy_block_s=storage.measure_copy_s())
+    scheduler = create_scheduler(allocator, settings)
     core = EngineCore(
         scheduler,
         runner,
@@ -160,56 +147,40 @@ def create_runner(model: Model, config: ResolvedConfig, storage: KVStorage) -> M
     )
 
 
-def create_scheduler(
-    config: ResolvedConfig,
-    num_blocks: int,
-    *,
-    clock: Clock | None = None,
-    disk_keys: Mapping[int, bytes] | None = None,
-    copy_block_s: float | None = None,
-) -> Scheduler:
-    """The scheduler with the constraints that every engine has.
-
-    disk_keys: what lies on disk already; copy_block_s: seconds that moving a KV block takes.
-    """
-    clock = clock or SystemClock()
-    allocator: Allocator
+def create_allocator(
+    config: ResolvedConfig, num_blocks: int, *, disk_keys: Mapping[int, bytes] | None = None
+) -> Allocator:
+    """The bookkeeping of the KV memory; `disk_keys` is what lies on disk already."""
     if config.num_host_blocks:
-        allocator = TieredAllocator(
+        return TieredAllocator(
             num_blocks,
             config.block_size,
             num_host_blocks=config.num_host_blocks,
             num_disk_blocks=config.num_disk_blocks,
             disk_keys=disk_keys,
         )
-    else:
-        allocator = create_allocator(
-            config.kv_allocator + ("+prefix" if config.enable_prefix_caching else ""),
-            num_blocks,
-            config.block_size,
-            max_model_len=config.max_model_len,
-        )
-    constraints: list[Constraint] = [
-        TokenBudget(config.max_num_batched_tokens),
-        SequenceSlots(config.max_num_seqs),
-        Blocks(allocator),
-    ]
-    speed = PrefillSpeed()
-    return Scheduler(
-        allocator,
-        constraints,
+    return kvcache.create_allocator(
+        config.kv_allocator + ("+prefix" if config.enable_prefix_caching else ""),
+        num_blocks,
+        config.block_size,
         max_model_len=config.max_model_len,
-        queue=create_queue(config.scheduling_policy),
-        batching=create_batching(config.batching, clock, max_num_seqs=config.max_num_seqs),
-        bounds=QueueBounds(
-            speed,
-            # Those that could be admitted at once do not really wait.
-            max_num_reqs=config.max_num_seqs + config.max_num_queued_reqs,
-            max_num_tokens=config.max_num_queued_tokens,
-            target_ttft_ms=config.target_ttft_ms,
-        ),
-        preemption=Preemption(
-            config.preemption_mode, transfers=TransferSpeed(copy_block_s), prefills=speed
-        ),
-        clock=clock,
+    )
+
+
+def scheduler_settings(
+    config: ResolvedConfig, *, copy_block_s: float | None = None
+) -> SchedulerSettings:
+    """What the options say about scheduling."""
+    return SchedulerSettings(
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        max_model_len=config.max_model_len,
+        policy=config.scheduling_policy,
+        batching=config.batching,
+        preemption_mode=config.preemption_mode,
+        copy_block_s=copy_block_s,
+        # Those that could be admitted at once do not really wait.
+        max_num_queued_reqs=config.max_num_seqs + config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+        target_ttft_ms=config.target_ttft_ms,
     )

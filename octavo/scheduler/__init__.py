@@ -2,6 +2,7 @@
 
 from octavo.scheduler.admission import PrefillSpeed, QueueBounds
 from octavo.scheduler.batching import BATCHINGS, Batching, create_batching
+from octavo.scheduler.build import SchedulerSettings, create_scheduler
 from octavo.scheduler.constraints import Blocks, Constraint, SequenceSlots, TokenBudget
 from octavo.scheduler.decisions import DecisionLog, Phase, Story
 from octavo.scheduler.preemption import PREEMPTION_MODES, Preemption, TransferSpeed
@@ -22,10 +23,12 @@ __all__ = [
     "QueueBounds",
     "QueuePolicy",
     "Scheduler",
+    "SchedulerSettings",
     "SequenceSlots",
     "Story",
     "TokenBudget",
     "TransferSpeed",
     "create_batching",
     "create_queue",
+    "create_scheduler",
 ]

@@ -9,21 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+from octavo import scheduler
 from octavo.core import Clock, Executor
 from octavo.engine import EngineCore
-from octavo.scheduler import (
-    Blocks,
-    Constraint,
-    Preemption,
-    PrefillSpeed,
-    QueueBounds,
-    Scheduler,
-    SequenceSlots,
-    TokenBudget,
-    TransferSpeed,
-    create_batching,
-    create_queue,
-)
+from octavo.scheduler import Scheduler, SchedulerSettings
 from octavo.sim.fake_executor import FakeExecutor
 from octavo.sim.faults import (
     SqueezableAllocator,
@@ -124,24 +113,17 @@ def create_allocator(setup: EngineSetup) -> SqueezableAllocator:
 
 def create_scheduler(allocator: SqueezableAllocator, setup: EngineSetup, clock: Clock) -> Scheduler:
     """The scheduler under test."""
-    constraints: list[Constraint] = [
-        TokenBudget(setup.max_num_batched_tokens),
-        SequenceSlots(setup.max_num_seqs),
-        Blocks(allocator),
-    ]
-    speed = PrefillSpeed()
-    return Scheduler(
-        allocator,
-        constraints,
+    settings = SchedulerSettings(
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        max_num_seqs=setup.max_num_seqs,
         max_model_len=setup.max_model_len,
-        queue=create_queue(setup.policy),
-        batching=create_batching(setup.batching, clock, max_num_seqs=setup.max_num_seqs),
-        bounds=QueueBounds(speed, max_num_reqs=setup.max_num_queued),
-        preemption=Preemption(
-            setup.preemption, transfers=TransferSpeed(setup.copy_block_s), prefills=speed
-        ),
-        clock=clock,
+        policy=setup.policy,
+        batching=setup.batching,
+        preemption_mode=setup.preemption,
+        copy_block_s=setup.copy_block_s,
+        max_num_queued_reqs=setup.max_num_queued,
     )
+    return scheduler.create_scheduler(allocator, settings, clock=clock)
 
 
 def create_executor(setup: EngineSetup) -> FakeExecutor:

@@ -37,13 +37,9 @@ from octavo.kvcache import ALLOCATORS, create_allocator
 from octavo.scheduler import (
     BATCHINGS,
     POLICIES,
-    Blocks,
-    Constraint,
     Scheduler,
-    SequenceSlots,
-    TokenBudget,
-    create_batching,
-    create_queue,
+    SchedulerSettings,
+    create_scheduler,
 )
 from octavo.sim.clock import VirtualClock
 from octavo.sim.step_time import ShapeTracker, StepTimes, TimedStep
@@ -179,24 +175,19 @@ class SimulatedMachine:
         self.clock.advance(seconds)
 
 
-def create_scheduler(setup: ReplaySetup, clock: Clock) -> Scheduler:
-    """The scheduler that serves, with the constraints that every engine has and an open queue."""
+def _replayed_scheduler(setup: ReplaySetup, clock: Clock) -> Scheduler:
+    """The scheduler that serves, with an open queue."""
     allocator = create_allocator(
         setup.allocator, setup.num_blocks, setup.block_size, max_model_len=setup.max_model_len
     )
-    constraints: list[Constraint] = [
-        TokenBudget(setup.max_num_batched_tokens),
-        SequenceSlots(setup.max_num_seqs),
-        Blocks(allocator),
-    ]
-    return Scheduler(
-        allocator,
-        constraints,
+    settings = SchedulerSettings(
+        max_num_batched_tokens=setup.max_num_batched_tokens,
+        max_num_seqs=setup.max_num_seqs,
         max_model_len=setup.max_model_len,
-        queue=create_queue(setup.policy),
-        batching=create_batching(setup.batching, clock, max_num_seqs=setup.max_num_seqs),
-        clock=clock,
+        policy=setup.policy,
+        batching=setup.batching,
     )
+    return create_scheduler(allocator, settings, clock=clock)
 
 
 @dataclass(slots=True)
@@ -250,7 +241,7 @@ class _Replayer:
         self._setup = setup
         self._executor, launcher = machine.start(setup)
         self._core = EngineCore(
-            create_scheduler(setup, machine.clock),
+            _replayed_scheduler(setup, machine.clock),
             self._executor,
             asynchronous=setup.async_scheduling,
             launcher=launcher,

@@ -4,7 +4,7 @@ import pytest
 from checkpoint_files import HF_CONFIG
 
 from octavo.config import DeviceFacts, EngineOptions, ModelConfig, resolve
-from octavo.engine.build import create_scheduler
+from octavo.engine.build import create_allocator
 from octavo.errors import ConfigError
 from octavo.kvcache import BuddyAllocator, ContiguousAllocator, PagedAllocator, PrefixAllocator
 
@@ -42,7 +42,7 @@ def test_the_allocator_decides_whether_prefixes_are_shared(values, kind, is_cach
     assert config.enable_prefix_caching is is_cached
     assert setting(config, "enable_prefix_caching") == (is_cached, source)
     assert setting(config, "kv_allocator")[1] == ("user" if "kv_allocator" in values else "default")
-    assert type(create_scheduler(config, 100).allocator) is kind
+    assert type(create_allocator(config, 100)) is kind
 
 
 @pytest.mark.parametrize("name", ["contiguous", "contiguous-buddy"])
@@ -72,7 +72,7 @@ def test_the_context_fits_one_run():
     assert resolved(kv_cache_memory_bytes=num_bytes).max_model_len == 112
     config = resolved(kv_cache_memory_bytes=num_bytes, kv_allocator="contiguous-buddy")
     assert config.max_model_len == 64
-    allocator = create_scheduler(config, 7).allocator
+    allocator = create_allocator(config, 7)
     assert allocator.num_blocks_for(config.max_model_len - 1) == 4
     with pytest.raises(ConfigError, match="one run of a power of two"):
         resolved(kv_cache_memory_bytes=num_bytes, kv_allocator="contiguous-buddy", max_model_len=65)

@@ -232,7 +232,7 @@ def test_an_engine_that_gets_stuck_does_not_hang_the_simulator(monkeypatch):
         def fill(self, step):
             pass
 
-    monkeypatch.setattr(replay_module, "create_batching", lambda *a, **k: Never())
+    monkeypatch.setattr("octavo.scheduler.build.create_batching", lambda *a, **k: Never())
     monkeypatch.setattr(replay_module, "MAX_IDLE_LOOKS", 20)
     with pytest.raises(IntegrityError, match="1 requests wait, and none of them can run"):
         run(workload((0.0, 4, 2)))

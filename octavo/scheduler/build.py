@@ -1,0 +1,65 @@
+"""A scheduler from its settings: the one place that knows which constraints every engine has.
+
+What serves, what is replayed and what the swarm plays with are all put together here.
+"""
+
+from dataclasses import dataclass
+
+from octavo.core import Clock, SystemClock
+from octavo.kvcache import Allocator
+from octavo.scheduler.admission import PrefillSpeed, QueueBounds
+from octavo.scheduler.batching import create_batching
+from octavo.scheduler.constraints import Blocks, SequenceSlots, TokenBudget
+from octavo.scheduler.preemption import Preemption, TransferSpeed
+from octavo.scheduler.queues import create_queue
+from octavo.scheduler.scheduler import Scheduler
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SchedulerSettings:
+    """What a scheduler is made of, besides its allocator.
+
+    policy, batching, preemption_mode: names known to this package.
+    copy_block_s: seconds that moving a KV block to or from the host takes, where that is known.
+    max_num_queued_reqs, max_num_queued_tokens, target_ttft_ms: bounds of the queue; None is none.
+    """
+
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_model_len: int
+    policy: str = "fcfs"
+    batching: str = "chunked"
+    preemption_mode: str = "recompute"
+    copy_block_s: float | None = None
+    max_num_queued_reqs: int | None = None
+    max_num_queued_tokens: int | None = None
+    target_ttft_ms: int | None = None
+
+
+def create_scheduler(
+    allocator: Allocator, settings: SchedulerSettings, *, clock: Clock | None = None
+) -> Scheduler:
+    """The scheduler with the constraints that every engine has."""
+    clock = clock or SystemClock()
+    speed = PrefillSpeed()
+    return Scheduler(
+        allocator,
+        [
+            TokenBudget(settings.max_num_batched_tokens),
+            SequenceSlots(settings.max_num_seqs),
+            Blocks(allocator),
+        ],
+        max_model_len=settings.max_model_len,
+        queue=create_queue(settings.policy),
+        batching=create_batching(settings.batching, clock, max_num_seqs=settings.max_num_seqs),
+        bounds=QueueBounds(
+            speed,
+            max_num_reqs=settings.max_num_queued_reqs,
+            max_num_tokens=settings.max_num_queued_tokens,
+            target_ttft_ms=settings.target_ttft_ms,
+        ),
+        preemption=Preemption(
+            settings.preemption_mode, transfers=TransferSpeed(settings.copy_block_s), prefills=speed
+        ),
+        clock=clock,
+    )
