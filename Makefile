@@ -21,7 +21,7 @@ run: $(INSTALLED)  ## install everything and serve SmolLM2-135M-Instruct on 127.
 test: $(INSTALLED) check  ## what CI runs: linter, types, and all tests but those for a GPU
 	$(BIN)/python -m pytest -q -m "not gpu"
 
-unit: $(INSTALLED)  ## the tests that need neither weights nor a server process
+unit: $(INSTALLED)  ## the tests that need neither weights nor processes of their own
 	$(BIN)/python -m pytest -q -m "not gpu and not model and not server"
 
 check: $(INSTALLED)  ## linter, formatter and types

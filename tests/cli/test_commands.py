@@ -13,6 +13,8 @@ import pytest
 
 from octavo.testing.tiny_llama import write_tiny_llama
 
+pytestmark = pytest.mark.server
+
 SMALL = ["--kv-cache-memory-bytes", str(2**23), "--device", "cpu", "--num-threads", "1"]
 
 

@@ -20,6 +20,8 @@ from octavo.errors import (
 from octavo.testing.tiny_llama import write_tiny_llama
 from octavo.text import load_tokenizer
 
+pytestmark = pytest.mark.server
+
 PROMPT = [(31 * i) % 256 for i in range(20)]
 
 
