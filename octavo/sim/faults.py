@@ -12,7 +12,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from octavo.core import Executor, SampledTokens, ScheduledTokens, StepPlan, StepResult
-from octavo.kvcache import Allocator, PagedAllocator, PrefixAllocator, TieredAllocator
+from octavo.kvcache import (
+    Allocator,
+    BuddyAllocator,
+    ContiguousAllocator,
+    PagedAllocator,
+    PrefixAllocator,
+    TieredAllocator,
+)
 from octavo.sim.clock import VirtualClock
 
 
@@ -248,6 +255,26 @@ class SqueezableAllocator(Allocator, Protocol):
     """An allocator some of whose free blocks can be hidden for a while."""
 
     num_hidden_blocks: int
+
+
+class SqueezableContiguousAllocator(ContiguousAllocator):
+    """One run for the longest sequence; `num_hidden_blocks` free blocks seem to be taken."""
+
+    num_hidden_blocks = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        return max(0, super().num_free_blocks - self.num_hidden_blocks)
+
+
+class SqueezableBuddyAllocator(BuddyAllocator):
+    """The same in the buddy system."""
+
+    num_hidden_blocks = 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        return max(0, super().num_free_blocks - self.num_hidden_blocks)
 
 
 class SqueezablePagedAllocator(PagedAllocator):

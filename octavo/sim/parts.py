@@ -16,6 +16,8 @@ from octavo.scheduler import Scheduler, SchedulerSettings
 from octavo.sim.fake_executor import FakeExecutor
 from octavo.sim.faults import (
     SqueezableAllocator,
+    SqueezableBuddyAllocator,
+    SqueezableContiguousAllocator,
     SqueezablePagedAllocator,
     SqueezablePrefixAllocator,
     SqueezableTieredAllocator,
@@ -26,6 +28,7 @@ from octavo.sim.faults import (
 class EngineSetup:
     """How large a simulated engine is, and by which rules it serves.
 
+    allocator: contiguous, contiguous-buddy or paged; the next three need pages.
     num_host_blocks, num_disk_blocks: memory below the device, which needs prefix caching.
     policy, batching, preemption: names known to `octavo.scheduler`.
     num_drafts: tokens that the executor guesses ahead.
@@ -41,6 +44,7 @@ class EngineSetup:
     max_model_len: int = 256
     max_num_queued: int | None = None
     vocab_size: int = 1000
+    allocator: str = "paged"
     prefix_caching: bool = True
     num_host_blocks: int = 0
     num_disk_blocks: int = 0
@@ -100,6 +104,12 @@ class _InlineFuture(Future[Any]):
 
 def create_allocator(setup: EngineSetup) -> SqueezableAllocator:
     """The allocator under test."""
+    if setup.allocator == "contiguous":
+        return SqueezableContiguousAllocator(
+            setup.num_blocks, setup.block_size, max_model_len=setup.max_model_len
+        )
+    if setup.allocator == "contiguous-buddy":
+        return SqueezableBuddyAllocator(setup.num_blocks, setup.block_size)
     if setup.num_host_blocks:
         return SqueezableTieredAllocator(
             setup.num_blocks,

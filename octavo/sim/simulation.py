@@ -160,9 +160,8 @@ class SimulatedEngine:
             return
         if any(injection.fault is Fault.LOST_BLOCK for injection in injections):
             return
-        needed = sum(
-            -(-client.max_num_tokens // setup.block_size) for client in self.history.live.values()
-        )
+        clients = self.history.live.values()
+        needed = sum(self._num_needed_blocks(client.max_num_tokens + 1) for client in clients)
         if needed <= setup.num_blocks - self.allocator.num_hidden_blocks:
             raise IntegrityError(f"somebody was pushed out, though {needed} blocks hold everyone")
 
@@ -235,7 +234,7 @@ class SimulatedEngine:
         setup = self.setup
         max_tokens = self._max_tokens(request)
         num_tokens = len(request.prompt_token_ids) + max_tokens
-        num_blocks = -(-(num_tokens - 1) // setup.block_size)
+        num_blocks = self._num_needed_blocks(num_tokens)
         return (
             not request.prompt_token_ids
             or max_tokens < 1
@@ -243,6 +242,19 @@ class SimulatedEngine:
             or num_blocks > setup.num_blocks
             or request.request_id in self.history.live
         )
+
+    def _num_needed_blocks(self, num_tokens: int) -> int:
+        """What a request of so many tokens takes at most; the last one is never computed."""
+        setup = self.setup
+        num_blocks = -(-(num_tokens - 1) // setup.block_size)
+        if setup.allocator == "contiguous":
+            return -(-(setup.max_model_len - 1) // setup.block_size)
+        if setup.allocator == "contiguous-buddy":
+            rounded = 1 << (num_blocks - 1).bit_length()
+            # A pool of any size is cut into powers of two, the longest of which is its first bit.
+            is_had = rounded <= 1 << setup.num_blocks.bit_length() >> 1
+            return rounded if is_had else setup.num_blocks + 1
+        return num_blocks
 
     def _check_overload(self, requests: tuple[Request, ...], error: OverloadedError) -> None:
         """A queue may be full, and a deadline out of reach; nothing else is overload."""

@@ -11,6 +11,7 @@ gives a run back in full. Knows no rule of the engine: promises are kept by `His
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import random
 import sys
@@ -59,7 +60,7 @@ class Scenario:
 def draw_scenario(seed: int) -> Scenario:
     """Everything that a seed decides."""
     rng = random.Random(seed)
-    setup = _draw_setup(rng)
+    setup = _draw_allocator(seed, _draw_setup(rng))
     requests = _draw_requests(rng, setup)
     duration_s = rng.choice((0.05, 0.05, 0.5, 2.0))
     arrivals = [
@@ -129,6 +130,21 @@ def _draw_setup(rng: random.Random) -> EngineSetup:
         batching=rng.choice(("chunked", "chunked", *BATCHINGS)),
         asynchronous=rng.random() < 0.5,
         eager=rng.random() < 0.5,
+    )
+
+
+def _draw_allocator(seed: int, setup: EngineSetup) -> EngineSetup:
+    """Now and then what was before pages; with dice of its own, so that other draws stay."""
+    rng = random.Random(f"allocator {seed}")
+    if rng.random() > 0.12:
+        return setup
+    return dataclasses.replace(
+        setup,
+        allocator=rng.choice(("contiguous", "contiguous-buddy")),
+        max_model_len=min(setup.max_model_len, setup.num_blocks * setup.block_size // 2),
+        prefix_caching=False,
+        num_host_blocks=0,
+        num_disk_blocks=0,
     )
 
 

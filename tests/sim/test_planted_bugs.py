@@ -27,7 +27,12 @@ from octavo.sim.faults import (
     SqueezablePrefixAllocator,
     SqueezableTieredAllocator,
 )
-from octavo.sim.parts import InlineLauncher, create_executor, create_scheduler
+from octavo.sim.parts import (
+    InlineLauncher,
+    create_allocator,
+    create_executor,
+    create_scheduler,
+)
 from octavo.sim.swarm import SwarmFailure, quiet_engine, run_seed
 
 NUM_SEEDS = 500
@@ -46,6 +51,8 @@ def allocator_with(broken):
         pass
 
     def create(setup):
+        if setup.allocator != "paged":
+            return create_allocator(setup)
         if setup.num_host_blocks:
             return Tiered(
                 setup.num_blocks,

@@ -46,6 +46,7 @@ def test_the_swarm_reaches_every_corner():
         seen["preemptions"] += stats.num_preemptions
         seen[setup.policy] += 1
         seen[setup.batching] += 1
+        seen[setup.allocator] += any(c.num_output_tokens for c in engine.history.clients)
         seen["asynchronous"] += setup.asynchronous
         seen["siblings"] += any("." in c.request.request_id for c in engine.history.clients)
         seen["drafts"] += setup.num_drafts > 0
@@ -58,7 +59,8 @@ def test_the_swarm_reaches_every_corner():
             seen["aborted after a token"] += client.cancelled and client.num_output_tokens > 0
     # A slow step changes nobody's outcome, nor does a block that is computed again.
     touching = set(Fault) - {Fault.SLOW, Fault.LOST_BLOCK}
-    every = {*touching, *FinishReason, *POLICIES, *BATCHINGS}
+    allocators = ("contiguous", "contiguous-buddy", "paged")
+    every = {*touching, *FinishReason, *POLICIES, *BATCHINGS, *allocators}
     assert not [what for what in every if not seen[what]]
     assert seen["engines that died"] >= 1
     assert seen["preemptions"] >= 50
