@@ -15,6 +15,7 @@ from octavo.scheduler import (
     create_queue,
 )
 from octavo.sim import FakeExecutor, VirtualClock
+from octavo.sim.step_time import Recorded
 
 VOCAB_SIZE = 1000
 _ids = itertools.count()
@@ -102,3 +103,20 @@ def run_to_end(core: EngineCore, *, max_steps: int = 10_000) -> list[RequestEven
 
 def tokens_of(events: list[RequestEvent], request_id: str) -> list[int]:
     return [t for event in events if event.request_id == request_id for t in event.token_ids]
+
+
+def create_recorded(**changes) -> Recorded:
+    """What made-up step times are said to have been recorded on."""
+    facts = {
+        "model": "tiny",
+        "dtype": "float32",
+        "device": "cpu",
+        "machine": "a test",
+        "num_threads": 1,
+        "versions": {},
+        "vocab_size": 100,
+        "kv_token_bytes": 64,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+    }
+    return Recorded(**facts | changes)

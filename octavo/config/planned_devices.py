@@ -94,7 +94,7 @@ def _this_machine(name: str, cores: int, replaced: int | None) -> tuple[DeviceFa
         )
     if replaced:
         return DeviceFacts("cpu", f"CPU with {replaced / GIB:g} GiB", cores, replaced, replaced), 0
-    free, total = _host_memory()
+    free, total = host_memory()
     return DeviceFacts("cpu", f"this CPU, {cores} cores", cores, free, total), 0
 
 
@@ -113,7 +113,7 @@ def _local_gpu(cores: int) -> tuple[DeviceFacts, int] | None:
         return None
 
 
-def _host_memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """(available, total) bytes of host memory, from /proc/meminfo."""
     sizes: dict[str, int] = {}
     with open("/proc/meminfo") as file:

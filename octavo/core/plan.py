@@ -106,4 +106,4 @@ class StepResult(msgspec.Struct, frozen=True):
     step: int
     sampled: tuple[SampledTokens, ...]
     failed_transfers: tuple[int, ...] = ()  # indices into the plan's: these contents are lost
-    transfer_s: float = 0.0  # seconds that the plan's transfers took
+    transfer_s: float = 0.0  # seconds of those between device and host

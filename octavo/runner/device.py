@@ -5,6 +5,7 @@ import os
 import torch
 
 from octavo.config import DeviceFacts
+from octavo.config.planned_devices import host_memory
 from octavo.errors import ConfigError
 
 
@@ -25,17 +26,7 @@ def device_facts(wanted: str) -> DeviceFacts:
             "the driver and that a CUDA build of torch is installed"
         )
     if wanted == "cpu" or not torch.cuda.is_available():
-        free, total = _host_memory()
+        free, total = host_memory()
         return DeviceFacts("cpu", f"CPU, {usable_cores()} cores", usable_cores(), free, total)
     free, total = torch.cuda.mem_get_info()
     return DeviceFacts("cuda", torch.cuda.get_device_name(), usable_cores(), free, total)
-
-
-def _host_memory() -> tuple[int, int]:
-    """(available, total) bytes of host memory, from /proc/meminfo."""
-    sizes: dict[str, int] = {}
-    with open("/proc/meminfo") as file:
-        for line in file:
-            name, value = line.split(":", 1)
-            sizes[name] = int(value.split()[0]) * 1024
-    return sizes["MemAvailable"], sizes["MemTotal"]

@@ -67,12 +67,14 @@ class KVStorage:
         return self._host.nbytes
 
     def transfer(self, transfers: tuple[Transfer, ...]) -> tuple[tuple[int, ...], float]:
-        """Make these copies in order; return the indices of those that failed, and the seconds."""
-        if not transfers:
-            return (), 0.0
-        start = time.perf_counter()
+        """Make these copies in order; return the indices of those that failed, and seconds.
+
+        Only copies between device and host are timed and waited for; others need no waiting.
+        """
         failed: list[int] = []
+        seconds = 0.0
         for group in _grouped(transfers):
+            start = time.perf_counter()
             match group.kind:
                 case (Tier.DEVICE, Tier.DEVICE):
                     for cache in self.kv_caches:
@@ -87,9 +89,11 @@ class KVStorage:
                     failed += self._read(group)
                 case _:
                     raise IntegrityError(f"no way leads from {group.kind[0]} to {group.kind[1]}")
-        if self.kv_caches[0].is_cuda:
-            torch.cuda.synchronize()
-        return tuple(failed), time.perf_counter() - start
+            if set(group.kind) == {Tier.DEVICE, Tier.HOST}:
+                if self.kv_caches[0].is_cuda:
+                    torch.cuda.synchronize()
+                seconds += time.perf_counter() - start
+        return tuple(failed), seconds
 
     def measure_copy_s(self) -> float | None:
         """Seconds that moving a block between device and host takes; None where there is no host.

@@ -13,7 +13,7 @@ PREEMPTION_MODES = ("recompute", "swap", "auto")
 
 
 class TransferSpeed:
-    """Seconds that copying one KV block takes, over recent steps. Sole writer: the scheduler."""
+    """Seconds that a KV block takes between device and host, lately. Sole writer: the scheduler."""
 
     SMOOTHING = 0.2  # weight of the newest step, as for the prefill speed
 

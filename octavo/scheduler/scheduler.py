@@ -38,10 +38,10 @@ from octavo.scheduler.admission import PrefillSpeed, QueueBounds, check_capacity
 from octavo.scheduler.batching import Batching, Chunked
 from octavo.scheduler.constraints import Constraint
 from octavo.scheduler.decisions import DecisionLog
+from octavo.scheduler.failed_transfers import spoilt_places
 from octavo.scheduler.preemption import Preemption
 from octavo.scheduler.queues import FirstComeFirstServed, QueuePolicy
 from octavo.scheduler.siblings import BeamGroup, Siblings, Succession
-from octavo.scheduler.spoilt import spoilt_places
 from octavo.scheduler.step import StepBuilder
 from octavo.scheduler.waiting import WaitingRoom
 
@@ -231,7 +231,11 @@ class Scheduler:
 
     def _commit_transfers(self, plan: StepPlan, result: StepResult) -> None:
         """Note what copying cost; whoever was given a block whose content is lost starts anew."""
-        self._preemption.transfers.note(len(plan.transfers), result.transfer_s)
+        num_swapped = sum(
+            {transfer.source_tier, transfer.target_tier} == {Tier.DEVICE, Tier.HOST}
+            for transfer in plan.transfers
+        )
+        self._preemption.transfers.note(num_swapped, result.transfer_s)
         for transfer in plan.transfers:
             name = f"{transfer.source_tier.name}_to_{transfer.target_tier.name}".lower()
             self._num_transfers[name] += 1

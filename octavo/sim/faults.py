@@ -257,39 +257,32 @@ class SqueezableAllocator(Allocator, Protocol):
     num_hidden_blocks: int
 
 
-class SqueezableContiguousAllocator(ContiguousAllocator):
-    """One run for the longest sequence; `num_hidden_blocks` free blocks seem to be taken."""
+class _Squeezable:
+    """While `num_hidden_blocks` is not 0, so many of the next class's free blocks seem taken."""
 
     num_hidden_blocks = 0
 
     @property
     def num_free_blocks(self) -> int:
-        return max(0, super().num_free_blocks - self.num_hidden_blocks)
+        free: int = super().num_free_blocks  # type: ignore[misc]
+        return max(0, free - self.num_hidden_blocks)
 
 
-class SqueezableBuddyAllocator(BuddyAllocator):
-    """The same in the buddy system."""
-
-    num_hidden_blocks = 0
-
-    @property
-    def num_free_blocks(self) -> int:
-        return max(0, super().num_free_blocks - self.num_hidden_blocks)
+class SqueezableContiguousAllocator(_Squeezable, ContiguousAllocator):
+    """One run for the longest sequence."""
 
 
-class SqueezablePagedAllocator(PagedAllocator):
-    """Paged; while `num_hidden_blocks` is not 0, so many free blocks seem to be taken."""
-
-    num_hidden_blocks = 0
-
-    @property
-    def num_free_blocks(self) -> int:
-        return max(0, super().num_free_blocks - self.num_hidden_blocks)
+class SqueezableBuddyAllocator(_Squeezable, BuddyAllocator):
+    """One run for the request's own maximum."""
 
 
-class SqueezablePrefixAllocator(SqueezablePagedAllocator, PrefixAllocator):
+class SqueezablePagedAllocator(_Squeezable, PagedAllocator):
+    """Blocks on demand."""
+
+
+class SqueezablePrefixAllocator(_Squeezable, PrefixAllocator):
     """The same with prefix caching."""
 
 
-class SqueezableTieredAllocator(SqueezablePrefixAllocator, TieredAllocator):
+class SqueezableTieredAllocator(_Squeezable, TieredAllocator):
     """The same with memory below the device."""

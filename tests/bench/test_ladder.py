@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from helpers import create_recorded
 
 from octavo.bench.ladder import (
     RECIPE,
@@ -15,24 +16,13 @@ from octavo.bench.ladder import (
 )
 from octavo.sim.replay import ReplaySetup, SimulatedMachine
 from octavo.sim.report import ServiceLevel
-from octavo.sim.step_time import COSTS, VERSION, FitReport, Recorded, StepTimes
+from octavo.sim.step_time import COSTS, VERSION, FitReport, StepTimes
 from octavo.sim.workload import RECIPES, make_workload
 
 # A machine on which a step of one token takes 12 ms and each further token 0.4 ms.
 TIMES = StepTimes(
     octavo_steps=VERSION,
-    recorded=Recorded(
-        model="tiny",
-        dtype="float32",
-        device="cpu",
-        machine="a test",
-        num_threads=1,
-        versions={},
-        vocab_size=100,
-        kv_token_bytes=64,
-        max_num_seqs=16,
-        max_num_batched_tokens=512,
-    ),
+    recorded=create_recorded(max_num_seqs=16, max_num_batched_tokens=512),
     costs=dict.fromkeys(COSTS, 0.0) | {"step": 0.012, "token": 0.0004},
     host_costs={"step": 0.0, "sequence": 0.0, "sampled": 0.0},
     fit=FitReport(num_steps=1, median=0.0, p90=0.0, total=0.0),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from helpers import create_recorded
 from msgspec import structs
 
 from octavo.bench.policies import (
@@ -22,7 +23,6 @@ from octavo.sim.step_time import (
     COSTS,
     VERSION,
     FitReport,
-    Recorded,
     StepTimes,
     write_step_times,
 )
@@ -31,18 +31,7 @@ from octavo.sim.workload import TraceRequest, Workload, write_trace
 # A machine on which a step of one token takes 24 ms and each further token 0.75 ms.
 TIMES = StepTimes(
     octavo_steps=VERSION,
-    recorded=Recorded(
-        model="tiny",
-        dtype="float32",
-        device="cpu",
-        machine="a test",
-        num_threads=1,
-        versions={},
-        vocab_size=100,
-        kv_token_bytes=64,
-        max_num_seqs=16,
-        max_num_batched_tokens=512,
-    ),
+    recorded=create_recorded(max_num_seqs=16, max_num_batched_tokens=512),
     costs=dict.fromkeys(COSTS, 0.0) | {"step": 0.024, "token": 0.00075},
     host_costs={"step": 0.0, "sequence": 0.0, "sampled": 0.0},
     fit=FitReport(num_steps=1, median=0.0, p90=0.0, total=0.0),

@@ -3,7 +3,7 @@
 import pytest
 
 from octavo.core import StepPlan, Tier, Transfer
-from octavo.scheduler.spoilt import spoilt_places
+from octavo.scheduler.failed_transfers import spoilt_places
 from octavo.sim.swarm import quiet_engine, run_seed
 
 DEVICE, HOST, DISK = Tier

@@ -6,6 +6,7 @@ import json
 import sys
 
 import pytest
+from helpers import create_recorded
 
 from octavo.errors import ConfigError, IntegrityError
 from octavo.kvcache import ALLOCATORS
@@ -13,7 +14,7 @@ from octavo.scheduler import BATCHINGS, POLICIES
 from octavo.sim import replay as replay_module
 from octavo.sim.replay import EngineSizes, ReplaySetup, SimulatedMachine, replay
 from octavo.sim.report import Metrics, ServiceLevel, as_table, compare, draw, measure, write_json
-from octavo.sim.step_time import COSTS, HOST_COSTS, VERSION, FitReport, Recorded, StepTimes
+from octavo.sim.step_time import COSTS, HOST_COSTS, VERSION, FitReport, StepTimes
 from octavo.sim.workload import (
     RECIPES,
     TraceHeader,
@@ -23,18 +24,7 @@ from octavo.sim.workload import (
     make_workload,
 )
 
-RECORDED = Recorded(
-    model="tiny",
-    dtype="float32",
-    device="cpu",
-    machine="a test",
-    num_threads=1,
-    versions={},
-    vocab_size=100,
-    kv_token_bytes=64,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-)
+RECORDED = create_recorded()
 
 
 def step_times(*, host_s=0.0, **costs):

@@ -3,6 +3,7 @@
 import msgspec
 import numpy as np
 import pytest
+from helpers import create_recorded
 
 from octavo.core import NewSequence, SamplingParams, ScheduledTokens, StepPlan
 from octavo.errors import ConfigError
@@ -10,7 +11,6 @@ from octavo.sim import step_time
 from octavo.sim.step_time import (
     COSTS,
     HOST_COSTS,
-    Recorded,
     ShapeTracker,
     StepShape,
     TimedStep,
@@ -21,18 +21,7 @@ from octavo.sim.step_time import (
     write_step_times,
 )
 
-RECORDED = Recorded(
-    model="tiny",
-    dtype="float32",
-    device="cpu",
-    machine="a test",
-    num_threads=1,
-    versions={},
-    vocab_size=100,
-    kv_token_bytes=64,
-    max_num_seqs=8,
-    max_num_batched_tokens=64,
-)
+RECORDED = create_recorded()
 TRUE_COSTS = dict.fromkeys(COSTS, 0.0) | {
     "step": 0.010,
     "token": 0.0003,
