@@ -34,7 +34,8 @@ def prepare_inputs(
     sample_rows: list[Row] = []
     for share, row in zip(shares, rows, strict=True):
         start, stop = row.num_computed_tokens, row.num_computed_tokens + share.num_tokens
-        token_ids += [*row.token_ids[start:], *share.draft_ids][: share.num_tokens]
+        token_ids += row.token_ids[start:stop]  # ends where the drafts, if there are any, begin
+        token_ids += share.draft_ids
         positions += range(start, stop)
         slots += [
             row.block_ids[position // block_size] * block_size + position % block_size
