@@ -171,25 +171,46 @@ def cache_rows() -> Iterator[Row]:
             )
 
 
-def batch_of(queries: list[int], contexts: list[int]) -> tuple[AttentionBatch, int]:
+@dataclass(frozen=True)
+class Bounds:
+    """What a CUDA graph was captured for, where the batch is smaller."""
+
+    num_sequences: int
+    max_query_len: int
+    max_context_len: int = 131_072
+
+
+def batch_of(
+    queries: list[int], contexts: list[int], bounds: Bounds | None = None
+) -> tuple[AttentionBatch, int]:
     """A batch over randomly placed blocks, and the number of blocks."""
+    bounds = bounds or Bounds(len(queries), max(queries), max(contexts))
     blocks = [-(-context // BLOCK_SIZE) for context in contexts]
-    tables = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
+    tables = torch.zeros(
+        bounds.num_sequences, -(-bounds.max_context_len // BLOCK_SIZE), dtype=torch.int32
+    )
     for b, part in enumerate(torch.randperm(sum(blocks)).int().split(blocks)):
         tables[b, : len(part)] = part
-    starts = torch.tensor([0, *queries]).cumsum(0).int()
-    lengths = torch.tensor(contexts).int()
+    padding = [0] * (bounds.num_sequences - len(queries))
+    starts = torch.tensor([0, *queries, *padding]).cumsum(0).int()
+    lengths = torch.tensor([*contexts, *padding]).int()
     batch = AttentionBatch(
-        starts.cuda(), lengths.cuda(), tables.cuda(), max(queries), max(contexts)
+        starts.cuda(), lengths.cuda(), tables.cuda(), bounds.max_query_len, bounds.max_context_len
     )
     return batch, sum(blocks)
 
 
 def attention_row(
-    name: str, heads: int, kv_heads: int, queries: list[int], contexts: list[int]
+    name: str,
+    heads: int,
+    kv_heads: int,
+    queries: list[int],
+    contexts: list[int],
+    *,
+    bounds: Bounds | None = None,
 ) -> Row:
     attention = chosen(PAGED_ATTENTION, head_dim=HEAD_DIM)
-    batch, num_blocks = batch_of(queries, contexts)
+    batch, num_blocks = batch_of(queries, contexts, bounds)
     caches = copies_of(partial(normal, 2, num_blocks, kv_heads, BLOCK_SIZE, HEAD_DIM))
     query = normal(sum(queries), heads, HEAD_DIM)
 
@@ -203,7 +224,7 @@ def attention_row(
         name,
         f"{heads}/{kv_heads}",
         partial(attend, attention),
-        partial(attend, PAGED_ATTENTION.reference) if small else None,
+        partial(attend, PAGED_ATTENTION.reference) if small and not bounds else None,
         sum(contexts) * kv_heads * HEAD_DIM * 2 * 2 if is_decode else 0.0,
         0.0 if is_decode else 4 * seen * heads * HEAD_DIM,
     )
@@ -216,12 +237,19 @@ def decode_rows() -> Iterator[Row]:
             "1 x 512": [512],
             "1 x 2000": [2000],
             "1 x 32768": [32768],
+            "8 x 640": [640] * 8,
             "32 x 640": [640] * 32,
             "64 x 2000": [2000] * 64,
             "128 x 640": [640] * 128,
+            "256 x 800": [800] * 256,
             "128 x 100..2047": ragged,
         }.items():
             yield attention_row(f"decode {name}", heads, 8, [1] * len(contexts), contexts)
+        for contexts, num_sequences in ([512], 1), ([640] * 32, 32), ([800] * 40, 512):
+            name = f"{len(contexts)} of {num_sequences} x {contexts[0]}, bounds"
+            bounds = Bounds(num_sequences, 1)
+            queries = [1] * len(contexts)
+            yield attention_row(f"decode {name}", heads, 8, queries, contexts, bounds=bounds)
 
 
 def prefill_rows() -> Iterator[Row]:
@@ -244,8 +272,10 @@ def prefill_rows() -> Iterator[Row]:
     yield attention_row("prefill 1024 after 7168", 32, 8, [1024] * 8, [8192] * 8)
     ragged = torch.randint(100, 1025, (64,)).tolist()
     yield attention_row("prefill 64 x 100..1024", 32, 8, ragged, ragged)
-    mixed = [1] * 128 + [1024, 1024]
-    yield attention_row("128 decodes + 2 prefills", 32, 8, mixed, [1000] * 128 + [1024, 1024])
+    mixed, contexts = [1] * 128 + [1024, 1024], [1000] * 128 + [1024, 1024]
+    yield attention_row("128 decodes + 2 prefills", 32, 8, mixed, contexts)
+    bounds = Bounds(512, sum(mixed))
+    yield attention_row("the same, 512 by bounds", 32, 8, mixed, contexts, bounds=bounds)
 
 
 def sampling_rows() -> Iterator[Row]:

@@ -1,6 +1,8 @@
 """Two factories for tests of the core: an engine on a fake executor, and requests."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from octavo.core import Clock, Executor, Request, RequestEvent, RequestOptions, SamplingParams
 from octavo.engine import EngineCore
@@ -63,11 +65,10 @@ def create_executor(scheduler: Scheduler) -> FakeExecutor:
 def create_core(
     scheduler: Scheduler, executor: Executor | None = None, *, asynchronous: bool = False
 ) -> EngineCore:
+    executor = executor or create_executor(scheduler)
+    thread = partial(ThreadPoolExecutor(1).submit, executor.execute)
     return EngineCore(
-        scheduler,
-        executor or create_executor(scheduler),
-        asynchronous=asynchronous,
-        check_integrity=True,
+        scheduler, executor, launch=thread if asynchronous else None, check_integrity=True
     )
 
 

@@ -6,14 +6,14 @@ Owns the model, loaded once, and gives every replay a KV memory of its own. Know
 import dataclasses
 import platform
 import time
-from concurrent.futures import Executor as Launcher
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 
 import torch
 
 from octavo import __version__
 from octavo.config import EngineOptions, ModelConfig, locate, resolve
-from octavo.core import Executor, StepPlan, StepResult, SystemClock
+from octavo.core import Executor, Launch, StepPlan, StepResult, SystemClock
 from octavo.engine.build import create_runner, create_storage, load_model
 from octavo.errors import ConfigError
 from octavo.layers import finish_layers
@@ -63,18 +63,27 @@ class RealMachine:
         self._model = load_model(checkpoint, self.config)
         finish_layers(self._model)
 
-    def start(self, setup: ReplaySetup) -> tuple[StepExecutor, Launcher | None]:
-        """A runner with an empty KV memory. Launched steps run in a thread of the engine core."""
+    def start(self, setup: ReplaySetup) -> tuple[StepExecutor, Launch | None]:
+        """A runner with an empty KV memory. Launched steps run in a thread."""
         if setup.block_size != self.config.block_size:
             raise ConfigError(
                 f"the model was loaded for KV blocks of {self.config.block_size} tokens, and the "
                 f"replay wants {setup.block_size}"
             )
-        config = dataclasses.replace(self.config, max_model_len=setup.max_model_len)
+        config = dataclasses.replace(
+            self.config,
+            max_model_len=setup.max_model_len,
+            max_num_seqs=setup.max_num_seqs,
+            max_num_batched_tokens=setup.max_num_batched_tokens,
+        )
         runner = create_runner(
             self._model, config, create_storage(self._model, config, setup.num_blocks)
         )
-        return TimedExecutor(runner, device=config.device), None
+        executor = TimedExecutor(runner, device=config.device)
+        if not setup.async_scheduling:
+            return executor, None
+        thread = ThreadPoolExecutor(1)
+        return executor, lambda plan: thread.submit(executor.execute, plan)
 
     def wait(self, seconds: float) -> None:
         time.sleep(seconds)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from octavo import __version__
-from octavo.cli import bench, chat, explain, generate, plan, serve, sim, trace, why
+from octavo.cli import bench, chat, explain, generate, plan, serve, sim, trace, tune, why
 from octavo.errors import OctavoError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -19,6 +19,7 @@ COMMANDS: dict[str, ModuleType] = {
     "trace": trace,
     "sim": sim,
     "bench": bench,
+    "tune": tune,
 }
 
 

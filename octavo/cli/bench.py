@@ -3,11 +3,26 @@
 import argparse
 from types import ModuleType
 
-from octavo.cli import bench_ladder, bench_memory, bench_policies, bench_record
+from octavo.cli import (
+    bench_ladder,
+    bench_latency,
+    bench_memory,
+    bench_policies,
+    bench_record,
+    bench_report,
+    bench_serve,
+    bench_startup,
+    bench_throughput,
+)
 
 HELP = "measure the engine and its parts"
 
 BENCHES: dict[str, ModuleType] = {
+    "throughput": bench_throughput,
+    "latency": bench_latency,
+    "serve": bench_serve,
+    "startup": bench_startup,
+    "report": bench_report,
     "record": bench_record,
     "ladder": bench_ladder,
     "memory": bench_memory,

@@ -111,6 +111,11 @@ def segments(plan: MemoryPlan) -> list[Segment]:
         reason = "taken at the first matrix product"
         workspace = Segment("activations", "cuBLAS workspace", plan.budget.workspace_bytes, reason)
         parts.append(workspace)
+    if plan.has_graphs:
+        reason = "the largest step's memory, shared by all"
+        parts.append(Segment("activations", "CUDA graphs", plan.graph_bytes, reason))
+    reason = "block tables, and the way to them"
+    parts.append(Segment("rows", "rows", plan.row_bytes, reason))
     reason = f"{plan.num_blocks:,} blocks of {plan.block_size} tokens"
     parts.append(Segment("KV cache", "KV cache", max(plan.kv_cache_bytes, 0), reason))
     parts.append(Segment("not used", "not used", max(plan.unused_bytes, 0), "left to spare"))
@@ -214,6 +219,7 @@ def as_json(plan: MemoryPlan, capacity: MixCapacity | None) -> dict[str, Any]:
         "num_parameters",
         "weight_bytes",
         "activation_bytes",
+        "graph_bytes",
         "kv_bytes_per_token",
         "num_blocks",
         "num_kv_tokens",

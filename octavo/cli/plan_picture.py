@@ -13,7 +13,8 @@ GIB = 2**30
 COLOURS = {
     "others": ("#9a9a9a",),
     "weights": ("#08306b", "#08519c", "#2171b5", "#4292c6", "#6baed6", "#9ecae1"),
-    "activations": ("#d94801", "#fdae6b"),
+    "activations": ("#d94801", "#fdae6b", "#fdd0a2"),
+    "rows": ("#6a51a3",),
     "KV cache": ("#238b45",),
     "not used": ("#ededed",),
 }

@@ -14,7 +14,7 @@ from octavo.config import locate
 from octavo.engine import AsyncEngine, EngineProcess
 from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
-from octavo.text import load_tokenizer
+from octavo.text import NoTokenizer, load_tokenizer
 
 HELP = "serve a model over HTTP with the OpenAI API"
 
@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         engine = AsyncEngine(
             process,
-            load_tokenizer(checkpoint),
+            NoTokenizer() if options.loading.skip_tokenizer_init else load_tokenizer(checkpoint),
             model_name=checkpoint.name,
             max_num_queued_reqs=options.scheduler.max_num_queued_reqs,
         )

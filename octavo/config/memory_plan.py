@@ -13,13 +13,16 @@ from octavo.config.capacity import Pool
 from octavo.config.resolve import DTYPE_BYTES, ResolvedConfig
 
 FP32, FP64 = 4, 8  # bytes
+INT32, INT64 = 4, 8
+NEW_BLOCKS_WORDS = 2**16  # of the runner's packets, for blocks that sequences were given
 
+_SMALL_OPS = {"rms_norm", "rotary_kv_write", "qk_norm_rotary_kv_write", "silu_mul"}
 # Ops that have a compiled version, by device (`Op.names` knows them, but needs torch). A compiled
 # op allocates its result and nothing else; a reference in plain torch also holds the intermediate
 # values that its moments below list.
 COMPILED_OPS: dict[str, frozenset[str]] = {
-    "cpu": frozenset({"linear", "paged_attention", "rms_norm", "rotary_kv_write", "silu_mul"}),
-    "cuda": frozenset({"paged_attention", "rms_norm", "rotary_kv_write", "silu_mul"}),
+    "cpu": frozenset({"linear", "paged_attention", *_SMALL_OPS}),
+    "cuda": frozenset({"linear", "paged_attention", "sample_tokens", *_SMALL_OPS}),
 }
 
 # The packed layout of `octavo.kernels.linear`: rows of a weight are padded to whole panels, and
@@ -98,6 +101,8 @@ class MemoryPlan:
     weights: tuple[WeightGroup, ...]
     kv_layers: tuple[KVLayers, ...]
     moments: tuple[Moment, ...]
+    row_bytes: int  # the runner's tables of rows, and the packets of steps
+    has_graphs: bool
     kv_cache_bytes: int  # negative where nothing is left: what is missing
     block_size: int
     kv_allocator: str  # `CacheOptions.kv_allocator`
@@ -123,6 +128,11 @@ class MemoryPlan:
     def activation_bytes(self) -> int:
         """What the largest step needs at its peak, the workspace of cuBLAS included."""
         return self.peak.num_bytes + self.budget.workspace_bytes
+
+    @property
+    def graph_bytes(self) -> int:
+        """What CUDA graphs keep: the memory of the largest step, which all of them share."""
+        return self.peak.num_bytes if self.has_graphs else 0
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -160,7 +170,8 @@ class MemoryPlan:
     @property
     def unused_bytes(self) -> int:
         """What is left of the device when all is allocated."""
-        used = self.weight_bytes + self.activation_bytes + max(self.kv_cache_bytes, 0)
+        used = self.weight_bytes + self.activation_bytes + self.row_bytes + self.graph_bytes
+        used += max(self.kv_cache_bytes, 0)
         return self.budget.total_bytes - self.budget.others_bytes - used
 
     @property
@@ -182,16 +193,20 @@ def plan_memory(
     compiled = expected_ops(config) if compiled is None else compiled
     weights = plan_weights(config, packed="linear" in compiled and config.device == "cpu")
     moments = plan_moments(config, compiled)
+    row_bytes = plan_rows(config)
+    has_graphs = config.device == "cuda" and not config.enforce_eager
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
         taken = sum(group.num_bytes for group in weights) + budget.workspace_bytes
-        taken += max(moment.num_bytes for moment in moments) + budget.others_bytes
-        kv_cache_bytes = budget.usable_bytes - taken
+        taken += max(moment.num_bytes for moment in moments) * (1 + has_graphs)
+        kv_cache_bytes = budget.usable_bytes - taken - budget.others_bytes - row_bytes
     return MemoryPlan(
         budget=budget,
         weights=weights,
         kv_layers=plan_kv_layers(config),
         moments=moments,
+        row_bytes=row_bytes,
+        has_graphs=has_graphs,
         kv_cache_bytes=kv_cache_bytes,
         block_size=config.block_size,
         kv_allocator=config.kv_allocator,
@@ -200,11 +215,26 @@ def plan_memory(
     )
 
 
+def plan_rows(config: ResolvedConfig) -> int:
+    """Bytes of the block tables of all rows, and of the memory through which steps reach them."""
+    num_rows, num_blocks = config.max_num_seqs + 1, -(-config.max_model_len // config.block_size)
+    tables = num_rows * (num_blocks * INT32 + INT64)
+    # As `octavo.runner.packet` lays a step out in which every token is drawn after.
+    packet = 11 * config.max_num_batched_tokens + 3 * config.max_num_seqs + NEW_BLOCKS_WORDS
+    return tables + packet * INT32
+
+
 def expected_ops(config: ResolvedConfig) -> frozenset[str]:
-    """The ops that should run compiled: by device and dtype, for shapes that kernels support."""
+    """The model's ops that should run compiled: by device and dtype, for shapes they support."""
     if config.device == "cpu" and config.dtype not in PACKED_DEPTH_STEP:
         return frozenset()
-    return COMPILED_OPS[config.device]
+    of_others = {"rotary_kv_write", "qk_norm_rotary_kv_write"} - {_write_op(config)}
+    return COMPILED_OPS[config.device] - of_others
+
+
+def _write_op(config: ResolvedConfig) -> str:
+    """The op that rotates queries and keys and writes the KV cache."""
+    return "qk_norm_rotary_kv_write" if config.model.qk_norm else "rotary_kv_write"
 
 
 def plan_weights(config: ResolvedConfig, *, packed: bool) -> tuple[WeightGroup, ...]:
@@ -230,7 +260,7 @@ def plan_weights(config: ResolvedConfig, *, packed: bool) -> tuple[WeightGroup, 
     if not model.tie_word_embeddings:
         embedding = WeightGroup("embedding", num_embedded, num_embedded * itemsize, plain)
         outer = [embedding, group("output head", vocabulary)]
-    num_norms = (2 * layers + 1) * hidden
+    num_norms = (2 * layers + 1) * hidden + 2 * layers * model.head_dim * model.qk_norm
     table_bytes = config.max_model_len * model.head_dim * FP32
     return (
         *outer,
@@ -293,7 +323,7 @@ def plan_moments(config: ResolvedConfig, compiled: Set[str]) -> tuple[Moment, ..
         *_reference_norm(stream, size, held, compiled),
         *_attention_moments(config, held, -(-num_tokens // num_rows), compiled),
         _mlp_moment(config, held, compiled),
-        _draw_moment(config, held[0], num_rows),
+        _draw_moment(config, num_rows, compiled),
     )
 
 
@@ -325,17 +355,20 @@ def _attention_moments(
         LiveTensor("normed input", (num_tokens, model.hidden_size), size),
         LiveTensor("queries, keys, values", (num_tokens, num_qkv_heads, dim), size),
     )
-    attended = LiveTensor("attended values", (num_tokens, model.num_heads, dim), size)
+    queries = (num_tokens, model.num_heads, dim)
+    attended = LiveTensor("attended values", queries, size)
     output = LiveTensor("attention's output", (num_tokens, model.hidden_size), size)
     moments = [Moment("attention", (*before, attended, output))]
-    if "rotary_kv_write" not in compiled:
+    if _write_op(config) not in compiled:
         # The fp32 copy (a view where the dtype is fp32), and one half's two products, their sum
-        # and the finished other half.
+        # and the finished other half. A norm of the heads before that holds as much.
         copies = 1 if size == FP32 else 2
-        turned = LiveTensor(
-            "rotated queries in fp32", (copies + 1, num_tokens, model.num_heads, dim), FP32
-        )
+        turned = LiveTensor("rotated queries in fp32", (copies + 1, *queries), FP32)
         moments.append(Moment("rotation in plain torch", (*before, turned)))
+    elif model.qk_norm and config.device == "cpu":
+        # There the compiled op is made of two; between them the normed heads are a tensor.
+        normed = LiveTensor("queries in a row, and normed", (2, *queries), size)
+        moments.append(Moment("norm of the heads", (*before, normed)))
     if "paged_attention" not in compiled:
         # One sequence at a time, at the product of its probabilities with its values. Queries are
         # a view where the dtype is fp32.
@@ -374,17 +407,18 @@ def _mlp_moment(config: ResolvedConfig, held: list[LiveTensor], compiled: Set[st
     return Moment("MLP", (*held, *tensors))
 
 
-def _draw_moment(config: ResolvedConfig, stream: LiveTensor, num_rows: int) -> Moment:
-    logits = (num_rows, config.model.vocab_size)
-    hidden = LiveTensor("hidden states", stream.shape, stream.itemsize)
-    # Always above the output head, where logits stand beside their fp32 copy.
-    return Moment(
-        "draw",
-        (
-            hidden,
-            LiveTensor("logits in fp32", logits, FP32),
-            LiveTensor("logits over temperature", logits, FP32),
-            LiveTensor("the same in fp64", logits, FP64),
-            LiveTensor("probabilities in fp64", logits, FP64),
-        ),
-    )
+def _draw_moment(config: ResolvedConfig, num_rows: int, compiled: Set[str]) -> Moment:
+    size, shape = DTYPE_BYTES[config.dtype], (num_rows, config.model.vocab_size)
+    tensors = [
+        LiveTensor("last hidden states", (num_rows, config.model.hidden_size), size),
+        LiveTensor("logits", shape, size),
+    ]
+    if "sample_tokens" not in compiled:
+        if size != FP32:
+            tensors.append(LiveTensor("logits in fp32", shape, FP32))
+        tensors += [
+            LiveTensor("logits over temperature", shape, FP32),
+            LiveTensor("the same in fp64", shape, FP64),
+            LiveTensor("probabilities in fp64", shape, FP64),
+        ]
+    return Moment("draw", tuple(tensors))

@@ -15,8 +15,13 @@ from octavo.config.checkpoint import Checkpoint
 from octavo.errors import CheckpointError, UnsupportedModelError
 
 # {a class name of transformers: our name of the architecture}
-ARCHITECTURES = {"LlamaForCausalLM": "llama"}
-MODEL_TYPES = {"llama": "LlamaForCausalLM"}
+ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
+MODEL_TYPES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Those whose tensors we know by llama.cpp's names, too.
+GGUF_ARCHITECTURES = ("llama",)
+# Numbers in a head where the config does not say: a constant of transformers, not hidden_size over
+# heads.
+HEAD_DIMS = {"qwen3": 128}
 DTYPES = ("bfloat16", "float16", "float32")
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -33,10 +38,14 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": ("silu", None),
     "partial_rotary_factor": (1, None),
     "sliding_window": (None,),
+    "use_sliding_window": (False, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "quantization_config": (None,),
 }
+# Their configs may hold a `sliding_window`, which counts only where `use_sliding_window` is true.
+WINDOW_HAS_A_SWITCH = ("qwen3",)
+FULL = "full_attention"  # the one of transformers' `layer_types` that we have
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +83,7 @@ class ModelConfig:
     tie_word_embeddings: bool
     attention_bias: bool
     mlp_bias: bool
+    qk_norm: bool  # an RMS norm over each query and key head, before the rotation
     dtype: str  # of the checkpoint: one of DTYPES
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -81,7 +91,13 @@ class ModelConfig:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "ModelConfig":
         """Read the config of a located checkpoint. Raises as `from_hf` does."""
-        return cls.from_hf(checkpoint.config(), checkpoint.generation_config())
+        config = cls.from_hf(checkpoint.config(), checkpoint.generation_config())
+        if checkpoint.kind == "gguf" and config.architecture not in GGUF_ARCHITECTURES:
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: GGUF files of {config.architecture!r} are not supported, only "
+                f"of {', '.join(GGUF_ARCHITECTURES)}; take the model's safetensors"
+            )
+        return config
 
     @classmethod
     def from_hf(
@@ -100,14 +116,10 @@ class ModelConfig:
             CheckpointError: a value that is missing, of the wrong type or absurd.
         """
         architecture = _architecture(config)
-        for name, neutral in NEUTRAL.items():
-            if config.get(name) not in neutral:
-                raise UnsupportedModelError(
-                    f"config: {name}={_short(config[name])} is not supported, only {neutral[0]!r}"
-                )
+        _refuse_what_we_would_get_wrong(config, architecture)
         read = _Reader(config)
         hidden_size = read.integer("hidden_size", 1, MAX_HIDDEN_SIZE)
-        num_heads, num_kv_heads, head_dim = _heads(read, config, hidden_size)
+        num_heads, num_kv_heads, head_dim = _heads(read, hidden_size, HEAD_DIMS.get(architecture))
         rope_theta, rope_scaling = _rope(config)
         vocab_size = read.integer("vocab_size", 1, MAX_VOCAB_SIZE)
         return cls(
@@ -126,6 +138,7 @@ class ModelConfig:
             tie_word_embeddings=read.boolean("tie_word_embeddings", False),
             attention_bias=read.boolean("attention_bias", False),
             mlp_bias=read.boolean("mlp_bias", False),
+            qk_norm=architecture == "qwen3",
             dtype=_dtype(config),
             bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),
             eos_token_ids=_eos_token_ids(read, generation_config or {}, vocab_size),
@@ -138,6 +151,9 @@ class _Reader:
     def __init__(self, config: Mapping[str, Any], where: str = "config"):
         self._config = config
         self._where = where
+
+    def has(self, name: str) -> bool:
+        return self._config.get(name) is not None
 
     def integer(self, name: str, low: int, high: int, *, default: int | None = None) -> int:
         value = self._get(name, default)
@@ -194,7 +210,22 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return ARCHITECTURES[names[0]]
 
 
-def _heads(read: _Reader, config: Mapping[str, Any], hidden_size: int) -> tuple[int, int, int]:
+def _refuse_what_we_would_get_wrong(config: Mapping[str, Any], architecture: str) -> None:
+    for name, neutral in NEUTRAL.items():
+        if name == "sliding_window" and architecture in WINDOW_HAS_A_SWITCH:
+            continue
+        if config.get(name) not in neutral:
+            raise UnsupportedModelError(
+                f"config: {name}={_short(config[name])} is not supported, only {neutral[0]!r}"
+            )
+    kinds = config.get("layer_types")
+    if kinds is not None and (not isinstance(kinds, list) or kinds.count(FULL) != len(kinds)):
+        raise UnsupportedModelError(
+            f"config: layer_types={_short(kinds)} is not supported, only {FULL!r} for every layer"
+        )
+
+
+def _heads(read: _Reader, hidden_size: int, default_dim: int | None) -> tuple[int, int, int]:
     """(query heads, key and value heads, numbers in a head)"""
     num_heads = read.integer("num_attention_heads", 1, MAX_HEADS)
     num_kv_heads = read.integer("num_key_value_heads", 1, MAX_HEADS, default=num_heads)
@@ -203,12 +234,14 @@ def _heads(read: _Reader, config: Mapping[str, Any], hidden_size: int) -> tuple[
             f"config: num_attention_heads={num_heads} is no multiple of "
             f"num_key_value_heads={num_kv_heads}"
         )
-    if config.get("head_dim") is None and hidden_size % num_heads:
+    if default_dim is None and hidden_size % num_heads == 0:
+        default_dim = hidden_size // num_heads
+    if default_dim is None and not read.has("head_dim"):
         raise CheckpointError(
             f"config: hidden_size={hidden_size} is no multiple of "
             f"num_attention_heads={num_heads}, and there is no head_dim"
         )
-    head_dim = read.integer("head_dim", 1, MAX_HEAD_DIM, default=hidden_size // num_heads)
+    head_dim = read.integer("head_dim", 1, MAX_HEAD_DIM, default=default_dim)
     if head_dim % 2:
         raise CheckpointError(f"config: head_dim={head_dim} is odd, so it cannot be rotated")
     return num_heads, num_kv_heads, head_dim

@@ -33,6 +33,9 @@ class ModelOptions:
     load_format: str = option(
         "auto", "auto reads the checkpoint; dummy draws random weights", ("auto", "dummy")
     )
+    skip_tokenizer_init: bool = option(
+        False, "load no tokenizer: prompts are token ids, answers are ids with an empty text"
+    )
     max_model_len: int | None = option(
         None, "longest prompt and output together, in tokens; default: what the checkpoint allows"
     )
@@ -45,6 +48,15 @@ class DeviceOptions:
     device: str = option("auto", "auto takes a GPU where there is one", ("auto", "cpu", "cuda"))
     num_threads: int | None = option(
         None, "CPU threads of the model; default: one for each core that the process may use"
+    )
+    determinism: str = option(
+        "seeded",
+        "seeded: the same seed draws the same from the same logits; batch-invariant: the logits "
+        "have the same bits, too, whatever else runs, which costs speed on a GPU",
+        ("seeded", "batch-invariant"),
+    )
+    enforce_eager: bool = option(
+        False, "launch every kernel of a step by itself instead of replaying a CUDA graph"
     )
 
 
@@ -86,7 +98,7 @@ class SchedulerOptions:
     """What one step may hold."""
 
     max_num_seqs: int | None = option(
-        None, "sequences that run at once; default: 128, on a GPU 256"
+        None, "sequences that run at once; default: 128, on a GPU 512"
     )
     max_num_batched_tokens: int | None = option(
         None, "tokens that one step computes; default: 1024, on a GPU 8192"
@@ -107,8 +119,9 @@ class SchedulerOptions:
         "how a step is filled: the ladder from request-level batches to mixed steps",
         ("static", "dynamic", "continuous", "chunked"),
     )
-    async_scheduling: bool = option(
-        False, "plan the next step while the last one runs; the answers are the same"
+    async_scheduling: bool | None = option(
+        None,
+        "plan the next step while the last one runs; the answers are the same; default: on a GPU",
     )
     max_num_queued_reqs: int = option(
         1024, "requests that may wait; further ones are refused with Retry-After"

@@ -49,6 +49,8 @@ class ResolvedConfig:
     device: str
     dtype: str
     num_threads: int
+    determinism: str
+    enforce_eager: bool
     load_format: str
     max_model_len: int
     max_num_seqs: int
@@ -69,6 +71,11 @@ class ResolvedConfig:
     max_num_queued_tokens: int | None
     target_ttft_ms: int | None
     settings: tuple[Setting, ...]
+
+    @property
+    def batch_invariant(self) -> bool:
+        """Whether a request's logits may not depend on what else runs."""
+        return self.determinism == "batch-invariant"
 
     @property
     def kv_block_bytes(self) -> int:
@@ -120,13 +127,10 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
     on_gpu = facts.kind == "cuda"
     ledger.choose("device", options.device.device, "device", facts.kind, facts.name)
     dtype = ledger.choose("dtype", options.loading.dtype, "checkpoint", model.dtype, "")
-    num_threads = ledger.choose(
-        "num_threads", options.device.num_threads, "device", facts.num_threads, "usable cores"
-    )
-    load_format = ledger.as_given("load_format", options.loading.load_format, "read the checkpoint")
+    load_format = _load_format(options, ledger)
     block_size = ledger.as_given("block_size", options.cache.block_size, "one folded sheet")
     max_num_seqs = ledger.choose(
-        "max_num_seqs", options.scheduler.max_num_seqs, "rule", 256 if on_gpu else 128, ""
+        "max_num_seqs", options.scheduler.max_num_seqs, "rule", 512 if on_gpu else 128, ""
     )
     max_num_batched_tokens = ledger.choose(
         "max_num_batched_tokens",
@@ -143,7 +147,6 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
         model=model,
         device=facts.kind,
         dtype=dtype,
-        num_threads=num_threads,
         load_format=load_format,
         max_model_len=0,
         max_num_seqs=max_num_seqs,
@@ -156,10 +159,35 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
         kv_cache_bytes=kv_cache_bytes,
         gpu_memory_utilization=utilization,
         **_offloading(options, facts, ledger),
+        **_execution(options, facts, ledger),
         **_queueing(options, ledger),
         settings=(),
     )
     return _with_max_model_len(config, options, ledger)
+
+
+def _load_format(options: EngineOptions, ledger: _Ledger) -> str:
+    """Where weights come from; whether a tokenizer comes with them is only written down."""
+    loading = options.loading
+    ledger.as_given("skip_tokenizer_init", loading.skip_tokenizer_init, "text is wanted")
+    return str(ledger.as_given("load_format", loading.load_format, "read the checkpoint"))
+
+
+def _execution(options: EngineOptions, facts: DeviceFacts, ledger: _Ledger) -> dict[str, Any]:
+    """How steps are run."""
+    device, on_gpu = options.device, facts.kind == "cuda"
+    given = options.scheduler.async_scheduling
+    why = "hides the host's time behind the GPU's" if on_gpu else "a step on a CPU hides nothing"
+    return {
+        "num_threads": ledger.choose(
+            "num_threads", device.num_threads, "device", facts.num_threads, "usable cores"
+        ),
+        "determinism": ledger.as_given("determinism", device.determinism, "speed comes first"),
+        "enforce_eager": ledger.as_given(
+            "enforce_eager", device.enforce_eager, "graphs save the host's time, on a GPU"
+        ),
+        "async_scheduling": ledger.choose("async_scheduling", given, "device", on_gpu, why),
+    }
 
 
 def _queueing(options: EngineOptions, ledger: _Ledger) -> dict[str, Any]:
@@ -167,7 +195,6 @@ def _queueing(options: EngineOptions, ledger: _Ledger) -> dict[str, Any]:
     reasons = {
         "scheduling_policy": "in order of arrival",
         "batching": "decodes go first, prompts fill what is left",
-        "async_scheduling": "a step on a CPU hides nothing",
         "max_num_queued_reqs": "bounds the waiting queue",
         "max_num_queued_tokens": "no bound by tokens",
         "target_ttft_ms": "no bound by time",

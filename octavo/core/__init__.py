@@ -11,7 +11,7 @@ from octavo.core.plan import (
     TokenLogprobs,
     Transfer,
 )
-from octavo.core.protocols import Clock, Executor, SystemClock
+from octavo.core.protocols import Clock, Executor, Launch, PendingResult, SystemClock
 from octavo.core.request import (
     FinishReason,
     Request,
@@ -29,7 +29,9 @@ __all__ = [
     "Executor",
     "FinishReason",
     "Fork",
+    "Launch",
     "NewSequence",
+    "PendingResult",
     "Request",
     "RequestEvent",
     "RequestOptions",

@@ -1,6 +1,7 @@
 """The two seams that let the same engine loop serve, simulate and be tested."""
 
 import time
+from collections.abc import Callable
 from typing import Protocol
 
 from octavo.core.plan import StepPlan, StepResult
@@ -16,6 +17,15 @@ class Executor(Protocol):
     """Whatever turns a plan into sampled tokens: a model on a device, or a fake."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class PendingResult(Protocol):
+    """A step that was begun. `result` waits for its end, and raises what went wrong."""
+
+    def result(self) -> StepResult: ...
+
+
+Launch = Callable[[StepPlan], PendingResult]
 
 
 class SystemClock:

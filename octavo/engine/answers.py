@@ -19,7 +19,8 @@ from octavo.core import (
     resolve_max_tokens,
 )
 from octavo.engine.interface import TextDelta
-from octavo.text import IncrementalDetokenizer, StopStrings, Tokenizer
+from octavo.errors import RequestError
+from octavo.text import IncrementalDetokenizer, NoTokenizer, StopStrings, Tokenizer
 
 
 def fan_out(request: Request) -> Iterator[Request]:
@@ -45,9 +46,20 @@ def _derived_seed(seed: int, index: int) -> int:
 
 
 def check_request(
-    prompt_token_ids: list[int], sampling: SamplingParams, *, vocab_size: int, max_model_len: int
+    prompt_token_ids: list[int],
+    sampling: SamplingParams,
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    has_text: bool = True,
 ) -> None:
     """Refuse what could never run, before anything is queued; raises `RequestError`."""
+    if sampling.stop_strings and not has_text:
+        raise RequestError(
+            "stop strings need a tokenizer, and none is loaded (skip_tokenizer_init); "
+            "stop_token_ids work without",
+            param="stop",
+        )
     check_prompt(prompt_token_ids, vocab_size=vocab_size)
     check_sampling_ids(sampling, vocab_size=vocab_size)
     resolve_max_tokens(len(prompt_token_ids), sampling.max_tokens, max_model_len)
@@ -65,7 +77,7 @@ class Answer:
         self._stops = StopStrings(sampling.stop_strings, include=self._keeps_stop)
         self._detokenizer = (
             IncrementalDetokenizer(tokenizer, skip_special_tokens=sampling.skip_special_tokens)
-            if sampling.detokenize
+            if sampling.detokenize and not isinstance(tokenizer, NoTokenizer)
             else None
         )
 

@@ -151,6 +151,7 @@ class AsyncEngine:
             sampling,
             vocab_size=self.model.vocab_size,
             max_model_len=self.model.max_model_len,
+            has_text=self.model.has_text,
         )
         self._check_room(sampling.num_sequences)
         stream = _Stream()

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from octavo.config import (
     resolve,
     with_kv_cache_bytes,
 )
+from octavo.core import Launch
 from octavo.engine.core import EngineCore
 from octavo.engine.kv_tiers import open_disk
 from octavo.engine.memory_report import MemoryMeter, MemoryReport
@@ -28,8 +30,10 @@ from octavo.runner import (
     KVStorage,
     ModelRunner,
     allocate_kv_caches,
+    compile_kernels,
     device_facts,
     measure_kv_cache_bytes,
+    step_limits,
 )
 from octavo.scheduler import SchedulerSettings, create_scheduler
 from octavo.weights import dummy_tensors, load_weights, read_tensors
@@ -48,10 +52,12 @@ class BuiltEngine:
     kernels: tuple[KernelReport, ...]
     memory: MemoryReport
     storage: KVStorage
+    thread: ThreadPoolExecutor | None  # where steps run beside the scheduler, on a CPU
 
     def close(self) -> None:
         """End the engine's thread and give its KV file back. Nothing can be asked of it then."""
-        self.core.close()
+        if self.thread is not None:
+            self.thread.shutdown()
         self.storage.close()
 
 
@@ -86,6 +92,9 @@ def build_engine(
     with phase("lay out weights for kernels"):
         kernels = finish_layers(model)
         memory.weights_are_laid_out(model)
+    if config.device == "cuda":
+        with phase("compile kernels"):
+            compile_kernels(model, config)
     with phase("allocate KV cache"):
         if config.kv_cache_bytes is None:
             config = with_kv_cache_bytes(config, measure_kv_cache_bytes(model, config))
@@ -94,19 +103,19 @@ def build_engine(
         disk = open_disk(checkpoint, config)
         storage = create_storage(model, config, num_blocks, disk)
         runner = create_runner(model, config, storage)
+        memory.kv_is_allocated(runner, host_kv_bytes=storage.host_bytes)
+    if config.device == "cuda" and not config.enforce_eager:
+        with phase("capture CUDA graphs"):
+            runner.capture_graphs()
     allocator = create_allocator(
         config, num_blocks, disk_keys=disk.keys() if disk is not None else None
     )
     settings = scheduler_settings(config, copy_block_s=storage.measure_copy_s())
     scheduler = create_scheduler(allocator, settings)
-    core = EngineCore(
-        scheduler,
-        runner,
-        asynchronous=config.async_scheduling,
-        check_integrity=check_integrity,
-    )
-    report = memory.report(runner, host_kv_bytes=storage.host_bytes)
-    return BuiltEngine(core, checkpoint, config, num_blocks, kernels, report, storage)
+    launch, thread = create_launch(runner, config)
+    core = EngineCore(scheduler, runner, launch=launch, check_integrity=check_integrity)
+    report = memory.report()
+    return BuiltEngine(core, checkpoint, config, num_blocks, kernels, report, storage, thread)
 
 
 def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
@@ -115,7 +124,7 @@ def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
     dummy = config.load_format == "dummy"
     # Opened first: a damaged file is refused before anything is allocated for it.
     tensors = None if dummy else read_tensors(checkpoint, config.model, dtype=dtype)
-    build = Build(config.device, dtype, config.block_size)
+    build = Build(config.device, dtype, config.block_size, batch_invariant=config.batch_invariant)
     model = create_model(config.model, build, max_positions=config.max_model_len)
     slots = model.slots()
     load_weights(slots, tensors or dummy_tensors(slots, dtype=dtype, device=config.device))
@@ -128,7 +137,8 @@ def create_storage(
     """The KV memory of a model, on its device and below."""
     kv_caches = allocate_kv_caches(
         kv_specs(model),
-        num_blocks=num_blocks,
+        # What fills a graph's batch up writes to a block that nobody has.
+        num_blocks=num_blocks + (config.device == "cuda"),
         block_size=config.block_size,
         dtype=getattr(torch, config.dtype),
         device=config.device,
@@ -141,10 +151,22 @@ def create_runner(model: Model, config: ResolvedConfig, storage: KVStorage) -> M
     return ModelRunner(
         model,
         storage,
-        block_size=config.block_size,
+        step_limits(config),
         device=config.device,
         num_threads=config.num_threads,
     )
+
+
+def create_launch(
+    runner: ModelRunner, config: ResolvedConfig
+) -> tuple[Launch | None, ThreadPoolExecutor | None]:
+    """How steps begin ahead of their results, and the thread that runs them where one must."""
+    if not config.async_scheduling:
+        return None, None
+    if config.device == "cuda":
+        return runner.launch, None
+    thread = ThreadPoolExecutor(1, "octavo-executor")
+    return lambda plan: thread.submit(runner.execute, plan), thread
 
 
 def create_allocator(

@@ -1,10 +1,18 @@
 """The engine loop. Knows no sockets, no text, no tensors: clock and executor are arguments."""
 
+import contextlib
 import logging
-from concurrent.futures import Executor as Launcher
-from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NoReturn
 
-from octavo.core import EngineStats, Executor, Request, RequestEvent, StepPlan, StepResult
+from octavo.core import (
+    EngineStats,
+    Executor,
+    Launch,
+    PendingResult,
+    Request,
+    RequestEvent,
+    StepPlan,
+)
 from octavo.errors import EngineDeadError
 from octavo.scheduler import Scheduler
 
@@ -16,9 +24,9 @@ MAX_FAILED_STEPS = 2  # in a row; one may be bad luck, the next means that the d
 class EngineCore:
     """Scheduler and executor, and the step that joins them. Sole caller of both.
 
-    With `asynchronous`, step n+1 is planned and launched before the result of step n is read, so
-    that the device never waits for the scheduler. The answers are the same. `launcher` says where
-    a launched step runs: in a thread, or wherever a simulation wants it.
+    With `launch`, step n+1 is planned and launched before the result of step n is read, so that
+    the device never waits for the scheduler. The answers are the same. It is the executor's own
+    where that only hands work to a device, a thread's otherwise, or whatever a simulation wants.
     """
 
     def __init__(
@@ -26,18 +34,15 @@ class EngineCore:
         scheduler: Scheduler,
         executor: Executor,
         *,
-        asynchronous: bool = False,
-        launcher: Launcher | None = None,
+        launch: Launch | None = None,
         check_integrity: bool = False,
     ):
         self._scheduler = scheduler
         self._executor = executor
         self._check_integrity = check_integrity
         self._num_failed_steps = 0
-        if asynchronous and launcher is None:
-            launcher = ThreadPoolExecutor(1, "octavo-executor")
-        self._launcher = launcher if asynchronous else None
-        self._ahead: tuple[StepPlan, Future[StepResult]] | None = None
+        self._launch = launch
+        self._ahead: tuple[StepPlan, PendingResult] | None = None
 
     def add(self, *requests: Request) -> None:
         """Queue a request, or all the answers to one prompt, which is then computed once.
@@ -57,8 +62,8 @@ class EngineCore:
 
     def step(self) -> list[RequestEvent]:
         """Plan, run, commit: one pass of the model and the news that came of it."""
-        if self._launcher is not None:
-            return self._step_ahead(self._launcher)
+        if self._launch is not None:
+            return self._step_ahead(self._launch)
         plan = self._scheduler.schedule()
         try:
             events = self._scheduler.commit(plan, self._executor.execute(plan))
@@ -66,28 +71,23 @@ class EngineCore:
             return self._fail(plan, error)
         return self._succeed(events)
 
-    def _step_ahead(self, launcher: Launcher) -> list[RequestEvent]:
+    def _step_ahead(self, launch: Launch) -> list[RequestEvent]:
         """Plan and launch a step, then read the one before it."""
         plan = self._scheduler.schedule()
-        before, self._ahead = self._ahead, (plan, launcher.submit(self._executor.execute, plan))
+        before, self._ahead = self._ahead, (plan, _launched(launch, plan))
         events = [] if before is None else self._read(*before)
         if not self._scheduler.has_work and self._ahead is not None:
             # Nothing will follow the step in flight: read it, too.
-            (plan, running), self._ahead = self._ahead, None
-            events += self._read(plan, running)
+            last, self._ahead = self._ahead, None
+            events += self._read(*last)
         return events
 
-    def _read(self, plan: StepPlan, running: "Future[StepResult]") -> list[RequestEvent]:
+    def _read(self, plan: StepPlan, running: PendingResult) -> list[RequestEvent]:
         try:
             events = self._scheduler.commit(plan, running.result())
         except Exception as error:
             return self._fail(plan, error)
         return self._succeed(events)
-
-    def close(self) -> None:
-        """Wait for a step in flight, and end the thread that ran it."""
-        if self._launcher is not None:
-            self._launcher.shutdown()
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now."""
@@ -123,5 +123,22 @@ class EngineCore:
         if self._ahead is None:
             return []
         (plan, running), self._ahead = self._ahead, None
-        running.exception()  # whatever came of it; the runner must be done before it is told more
+        with contextlib.suppress(Exception):
+            running.result()  # whatever came of it, the runner must be done before it is told more
         return [plan]
+
+
+def _launched(launch: Launch, plan: StepPlan) -> PendingResult:
+    """A launch that fails is read in its turn, like a step that fails later."""
+    try:
+        return launch(plan)
+    except Exception as error:
+        return _NeverBegan(error)
+
+
+class _NeverBegan:
+    def __init__(self, error: Exception):
+        self._error = error
+
+    def result(self) -> NoReturn:
+        raise self._error

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from octavo.core import EngineStats, FinishReason, RequestOptions, SamplingParams, TokenLogprobs
-from octavo.text import Tokenizer
+from octavo.text import NoTokenizer, Tokenizer
 
 DEFAULT_OPTIONS = RequestOptions()
 
@@ -21,6 +21,11 @@ class ServedModel:
     max_model_len: int  # tokens of prompt and output together
     vocab_size: int
     tokenizer: Tokenizer
+
+    @property
+    def has_text(self) -> bool:
+        """Whether token ids can be read as text here."""
+        return not isinstance(self.tokenizer, NoTokenizer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
 from octavo.engine.interface import DEFAULT_OPTIONS, TextDelta
 from octavo.engine.outputs import CompletionOutput, RequestOutput
 from octavo.errors import OctavoError, RequestError
-from octavo.text import Tokenizer, load_tokenizer
+from octavo.text import NoTokenizer, Tokenizer, load_tokenizer
 
 # Text, token ids, or a mapping with "prompt" or "prompt_token_ids", and perhaps "cache_salt".
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -42,12 +42,15 @@ class LLM:
         check_integrity: bool = False,
         **options: Any,
     ):
+        engine_options = EngineOptions.from_flat(model, options)
         self._engine: BuiltEngine = build_engine(
-            EngineOptions.from_flat(model, options),
-            on_phase=on_phase,
-            check_integrity=check_integrity,
+            engine_options, on_phase=on_phase, check_integrity=check_integrity
         )
-        self._tokenizer = load_tokenizer(self._engine.checkpoint)
+        self._tokenizer: Tokenizer = (
+            NoTokenizer()
+            if engine_options.loading.skip_tokenizer_init
+            else load_tokenizer(self._engine.checkpoint)
+        )
         self._ids = itertools.count()
 
     def close(self) -> None:
@@ -177,6 +180,7 @@ class _Batch:
             sampling,
             vocab_size=config.model.vocab_size,
             max_model_len=config.max_model_len,
+            has_text=not isinstance(self._tokenizer, NoTokenizer),
         )
 
     def add(self, request_id: str, prompt: _Prompt, sampling: SamplingParams) -> None:

@@ -17,6 +17,7 @@ from octavo.config.memory_plan import plan_memory
 from octavo.config.planned_devices import device_budget
 from octavo.core import Request, SamplingParams
 from octavo.engine.core import EngineCore
+from octavo.runner import ModelRunner
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +93,10 @@ class MemoryMeter:
         self._before_kv = 0
         self._weights = 0
         self._activations: int | None = None
+        self._rows: int | None = None
+        self._kv: int | None = None
+        self._host_kv = 0
+        self._free = 0
 
     def weights_are_laid_out(self, model: object) -> None:
         """The model is there and nothing else."""
@@ -104,19 +109,30 @@ class MemoryMeter:
         self._activations = torch.cuda.max_memory_allocated() - self._before_kv
         self._before_kv = torch.cuda.memory_allocated()
 
-    def report(self, runner: object, *, host_kv_bytes: int = 0) -> MemoryReport:
-        """Everything is allocated, of it so much for KV blocks on the host: compare and log."""
+    def kv_is_allocated(self, runner: ModelRunner, *, host_kv_bytes: int = 0) -> None:
+        """The runner is there, with its KV blocks; so many bytes of them lie on the host."""
         if self._on_gpu:
             now = torch.cuda.memory_allocated()
         else:
             now = reachable_bytes(runner) - host_kv_bytes
+        self._host_kv = host_kv_bytes
+        self._rows = runner.row_bytes
+        self._kv = now - self._before_kv - self._rows
+        self._free = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
+
+    def report(self) -> MemoryReport:
+        """Everything is allocated, CUDA graphs included: compare and log."""
         lines = [
             Comparison("weights", self.plan.weight_bytes, self._weights),
             Comparison("activations", self.plan.activation_bytes, self._activations),
-            Comparison("KV cache", self.plan.kv_pool_bytes, now - self._before_kv),
+            Comparison("rows", self.plan.row_bytes, self._rows),
+            Comparison("KV cache", self.plan.kv_pool_bytes, self._kv),
         ]
+        if self.plan.has_graphs:
+            taken = self._free - torch.cuda.mem_get_info()[0]
+            lines.append(Comparison("CUDA graphs", self.plan.graph_bytes, taken))
         if self._host_kv_bytes:
-            lines.append(Comparison("KV on the host", self._host_kv_bytes, host_kv_bytes))
+            lines.append(Comparison("KV on the host", self._host_kv_bytes, self._host_kv))
         report = MemoryReport(tuple(lines))
         level = logging.INFO if report.largest_error <= TOLERANCE else logging.WARNING
         logger.log(level, "memory: %s", report)

@@ -5,6 +5,7 @@ is gone and so is this process. Knows no HTTP and no text.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -71,6 +72,7 @@ def _run(options: EngineOptions, socket: "zmq.Socket[bytes]") -> None:
 
     tell("import torch", time.perf_counter() - start)
     engine = build_engine(options, on_phase=tell)
+    gc.freeze()  # what is here now stays: the collector need not look at a million objects again
     core, config = engine.core, engine.config
     socket.send(
         encode(

@@ -14,6 +14,13 @@ from octavo.kernels.dispatch import Case, Choice, Op, reference_only
 from octavo.kernels.kv_write import KV_WRITE
 from octavo.kernels.linear import LINEAR, PreparedWeight
 from octavo.kernels.paged_attention import PAGED_ATTENTION, AttentionBatch
+from octavo.kernels.prepare_inputs import (
+    KNOWN_TO_THE_DEVICE,
+    PREPARE_INPUTS,
+    DeviceRows,
+    PreparedInputs,
+    StepShares,
+)
 from octavo.kernels.qk_norm_rotary_kv_write import QK_NORM_ROTARY_KV_WRITE
 from octavo.kernels.rms_norm import RMS_NORM
 from octavo.kernels.rotary_kv_write import ROTARY_KV_WRITE
@@ -21,9 +28,11 @@ from octavo.kernels.sample_tokens import SAMPLE_TOKENS, DrawOptions
 from octavo.kernels.silu_mul import SILU_MUL
 
 __all__ = [
+    "KNOWN_TO_THE_DEVICE",
     "KV_WRITE",
     "LINEAR",
     "PAGED_ATTENTION",
+    "PREPARE_INPUTS",
     "QK_NORM_ROTARY_KV_WRITE",
     "RMS_NORM",
     "ROTARY_KV_WRITE",
@@ -32,8 +41,11 @@ __all__ = [
     "AttentionBatch",
     "Case",
     "Choice",
+    "DeviceRows",
     "DrawOptions",
     "Op",
+    "PreparedInputs",
     "PreparedWeight",
+    "StepShares",
     "reference_only",
 ]

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from octavo.kernels import native
-from octavo.kernels.dispatch import Op
+from octavo.kernels import native, triton_support
+from octavo.kernels.block_sizes import LEAST_SHARED_KIB, SHARED_KIB
+from octavo.kernels.dispatch import Case, Op
 from octavo.kernels.native import support
 
 
@@ -142,5 +143,37 @@ class NativeLinear:
         return rows.view(prepared.dtype)[:, : prepared.in_features].contiguous()
 
 
+INVARIANT_SHARED_KIB = 192  # its blocks are one choice for all GPUs, made for Hopper
+
+
+def _unsupported_by_triton(case: Case) -> str | None:
+    if (reason := triton_support.unsupported(case)) is not None:
+        return reason
+    if case.dtype is torch.float32:
+        return "made for bfloat16 and float16; torch is as fast in float32"
+    return None
+
+
+def _unsupported_by_invariant(case: Case) -> str | None:
+    if not case.sizes.get("batch_invariant"):
+        return "batch invariance was not asked for"
+    if (reason := _unsupported_by_triton(case)) is not None or not torch.cuda.is_available():
+        return reason
+    room = SHARED_KIB.get(torch.cuda.get_device_capability(), LEAST_SHARED_KIB)
+    if room < INVARIANT_SHARED_KIB:
+        return f"needs {INVARIANT_SHARED_KIB} KiB of shared memory, this GPU has {room}"
+    return None
+
+
+def _unsupported_by_fastest(case: Case) -> str | None:
+    if case.sizes.get("batch_invariant"):
+        return "its bits depend on the batch"
+    return _unsupported_by_triton(case)
+
+
 LINEAR: Op[Linear] = Op("linear", ReferenceLinear())
 LINEAR.register("native", NativeLinear(), support.unsupported)
+LINEAR.register_module(
+    "triton-invariant", "octavo.kernels.triton_linear:INVARIANT", _unsupported_by_invariant
+)
+LINEAR.register_module("triton", "octavo.kernels.triton_linear:FASTEST", _unsupported_by_fastest)

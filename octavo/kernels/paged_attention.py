@@ -131,8 +131,19 @@ def _unsupported_by_triton(case: Case) -> str | None:
     return unsupported_by_triton(case)
 
 
+def _unsupported_by_invariant(case: Case) -> str | None:
+    if not case.sizes.get("batch_invariant"):
+        return "batch invariance was not asked for"
+    return _unsupported_by_triton(case)
+
+
 PAGED_ATTENTION: Op[PagedAttention] = Op("paged_attention", reference_paged_attention)
 PAGED_ATTENTION.register("native", native_paged_attention, _unsupported)
+PAGED_ATTENTION.register_module(
+    "triton-invariant",
+    "octavo.kernels.triton_paged_attention:triton_invariant_paged_attention",
+    _unsupported_by_invariant,
+)
 PAGED_ATTENTION.register_module(
     "triton",
     "octavo.kernels.triton_paged_attention:triton_paged_attention",

@@ -47,8 +47,10 @@ class DrawOptions:
 
 class SampleTokens(Protocol):
     def __call__(self, logits: Tensor, options: DrawOptions) -> tuple[Tensor, Tensor]:
-        """logits [S, V] with dense rows -> token ids [S] int64, is_finite [S] bool.
+        """logits [S, V], bf16, fp16 or fp32 with dense rows -> token ids [S] int64, is_finite [S].
 
+        Rows may be strided. All steps work on the logits' values in fp32, so a row of bf16 draws
+        what the same numbers in fp32 would. is_finite is bool.
         A token depends on its row's logits, seed and position alone: it inverts the cumulative
         distribution at the uniform number of (seed, position), as `sampling.draw` does. Where the
         largest logit is not a finite number, or one is NaN, is_finite is false and the token means
@@ -58,16 +60,20 @@ class SampleTokens(Protocol):
 
 
 def reference_sample_tokens(logits: Tensor, options: DrawOptions) -> tuple[Tensor, Tensor]:
-    best, likeliest = logits.max(-1)
-    draws = options.temperature > 0
-    kept = sampling.scale_by_temperature(logits, options.temperature.masked_fill(~draws, 1.0))
-    if options.truncates:
-        kept = sampling.mask_top_k(kept, options.top_k)
-        kept = sampling.mask_top_p(kept, options.top_p)
-        kept = sampling.mask_min_p(kept, options.min_p)
-    uniform = sampling.philox_uniform(options.seeds.cpu().numpy(), options.positions.cpu().numpy())
-    drawn = sampling.draw(kept, torch.from_numpy(uniform).to(logits.device))
-    return torch.where(draws, drawn, likeliest), best.isfinite()
+    logits = logits.float()
+    best, token_ids = logits.max(-1)
+    drawing = options.temperature.nonzero().squeeze(1)  # greedy rows are done
+    if len(drawing):
+        kept = sampling.scale_by_temperature(logits[drawing], options.temperature[drawing])
+        if options.truncates:
+            kept = sampling.mask_top_k(kept, options.top_k[drawing])
+            kept = sampling.mask_top_p(kept, options.top_p[drawing])
+            kept = sampling.mask_min_p(kept, options.min_p[drawing])
+        uniform = sampling.philox_uniform(
+            options.seeds[drawing].cpu().numpy(), options.positions[drawing].cpu().numpy()
+        )
+        token_ids[drawing] = sampling.draw(kept, torch.from_numpy(uniform).to(logits.device))
+    return token_ids, best.isfinite()
 
 
 SAMPLE_TOKENS: Op[SampleTokens] = Op("sample_tokens", reference_sample_tokens)

@@ -1,14 +1,54 @@
-"""What Triton's two attention kernels share: a tile of query rows over paged keys and values.
+"""What Triton's attention kernels share: rows of queries, tiles of keys, and whose turn it is.
 
 Row r of a (sequence, kv head) is query r // GROUP of the sequence and head r % GROUP of those that
-share the kv head, so that a key is read once for the whole group (GQA packing). Does not know how
-rows and contexts are given to programs.
+share the kv head, so that a key is read once for the whole group (GQA packing). Each sequence has a
+number of units of work; a program counts those of all sequences in registers to find its own, so
+that neither the grid nor the host knows how long anything is. Does not know what a unit is.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+# Sequences counted at once, a power of 8 so that few variants are ever compiled.
+LEAST_COUNTED = 16
+
+
+def counted_at_once(num_sequences: int) -> int:
+    """BATCH_PAD for a batch."""
+    count = LEAST_COUNTED
+    while count < num_sequences:
+        count *= 8
+    return count
+
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Of the tensor's GPU; the interpreter has as many as make its programs loop."""
+    if not tensor.is_cuda:
+        return 3
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
+@triton.jit
+def load_lengths(query_starts, context_lens, num_sequences, BATCH_PAD: tl.constexpr):
+    """Each sequence's number of queries and context, [BATCH_PAD]; zeros beyond the batch."""
+    b = tl.arange(0, BATCH_PAD)
+    exists = b < num_sequences
+    starts = tl.load(query_starts + b, mask=exists, other=0)
+    stops = tl.load(query_starts + b + 1, mask=exists, other=0)
+    return stops - starts, tl.load(context_lens + b, mask=exists, other=0)
+
+
+@triton.jit
+def owner_of(unit, units, ends):
+    """The sequence that has a unit, and the first unit it has. `ends` is the sum up to it."""
+    before = ends <= unit
+    # Both in one reduction: the count of the sequences before, and the sum of their units.
+    both = tl.sum(tl.where(before, units.to(tl.int64) + (1 << 40), 0), 0)
+    return (both >> 40).to(tl.int32), (both & ((1 << 40) - 1)).to(tl.int32)
 
 
 @triton.jit
@@ -30,6 +70,38 @@ def load_queries(
     column = tl.arange(0, DIM_PAD)
     places = query + (token * token_stride + head * head_stride)[:, None] + column[None, :]
     return tl.load(places, mask=(row < num_rows)[:, None] & (column < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def load_keys_and_values(
+    position,
+    exists,
+    cache,
+    value_offset,
+    table,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Of the context positions [KEYS]: two of [KEYS, DIM_PAD], zeros where nothing exists."""
+    column = tl.arange(0, DIM_PAD)
+    if MASKED:
+        block = tl.load(table + position // BLOCK_SIZE, mask=exists, other=0)
+    else:
+        block = tl.load(table + position // BLOCK_SIZE)
+    line = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
+    places = cache + (line * DIM)[:, None] + column[None, :]
+    if MASKED or DIM != DIM_PAD:
+        there = exists[:, None] & (column < DIM)[None, :]
+        keys = tl.load(places, mask=there, other=0.0)
+        values = tl.load(places + value_offset, mask=there, other=0.0)
+    else:
+        keys = tl.load(places)
+        values = tl.load(places + value_offset)
+    return keys, values
 
 
 @triton.jit
@@ -59,23 +131,22 @@ def attend_to_keys(
     MASKED: some row may not see some position before `stop`, or the last tile is a partial one. Two
     loops, one without masks, are a seventh faster than one that decides for each tile.
     """
-    column = tl.arange(0, DIM_PAD)
     for start in tl.range(first, stop, KEYS):
         position = start + tl.arange(0, KEYS)
         exists = position < stop
-        if MASKED:
-            block = tl.load(table + position // BLOCK_SIZE, mask=exists, other=0)
-        else:
-            block = tl.load(table + position // BLOCK_SIZE)
-        line = (block.to(tl.int64) * KV_HEADS + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
-        places = cache + (line * DIM)[:, None] + column[None, :]
-        if MASKED or DIM != DIM_PAD:
-            there = exists[:, None] & (column < DIM)[None, :]
-            keys = tl.load(places, mask=there, other=0.0)
-            values = tl.load(places + value_offset, mask=there, other=0.0)
-        else:
-            keys = tl.load(places)
-            values = tl.load(places + value_offset)
+        keys, values = load_keys_and_values(
+            position,
+            exists,
+            cache,
+            value_offset,
+            table,
+            kv_head,
+            KV_HEADS,
+            BLOCK_SIZE,
+            DIM,
+            DIM_PAD,
+            MASKED,
+        )
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [ROWS, KEYS]
         if MASKED:
             seen = (position[None, :] <= last_visible[:, None]) & exists[None, :]
@@ -107,8 +178,8 @@ def store_rows(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
 ):
-    """The weighted means; zeros for a row that saw nothing."""
-    mixed = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    """The weighted means; zeros for a row that saw nothing. The sums are [ROWS, 1] or wider."""
+    mixed = acc / tl.where(row_sum == 0.0, 1.0, row_sum)
     column = tl.arange(0, DIM_PAD)
     line = (first_query + row // GROUP).to(tl.int64) * (KV_HEADS * GROUP)
     line += kv_head * GROUP + row % GROUP

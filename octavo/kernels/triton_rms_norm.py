@@ -5,11 +5,15 @@ Owns the choice of warps. Does not know the residual stream beyond one addition.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.rms_norm import MAX_TRITON_WIDTH
+from octavo.kernels.triton_launch import allow_next, launch, launch_options, wait_for_inputs
 from octavo.kernels.triton_support import refuse
 
 
@@ -17,32 +21,36 @@ def triton_rms_norm(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """As RmsNorm; rows of x may be strided, and h is written over `residual`."""
-    rows, width = x.shape
-    if x.stride(1) != 1 or weight.shape != (width,) or not weight.is_contiguous():
+    shape = x.shape
+    rows, width = shape
+    row_stride, dense = x.stride()
+    if dense != 1 or weight.shape != shape[1:] or not weight.is_contiguous():
         raise refuse("rms_norm", "x is [T, H] with dense rows, weight [H]", x=x, weight=weight)
     if weight.dtype is not x.dtype or width > MAX_TRITON_WIDTH:
         rule = f"one dtype throughout, rows of at most {MAX_TRITON_WIDTH:,}"
         raise refuse("rms_norm", rule, x=x, weight=weight)
+    hidden = x if residual is None else residual
     if residual is not None and not (
-        residual.shape == x.shape and residual.is_contiguous() and residual.dtype is x.dtype
+        residual.shape == shape and residual.is_contiguous() and residual.dtype is x.dtype
     ):
         raise refuse("rms_norm", "residual is like x, contiguous", x=x, residual=residual)
-    normed = x.new_empty(rows, width)
+    normed = x.new_empty(shape)
     if rows:
-        padded = triton.next_power_of_2(width)
-        _rms_norm[(rows,)](
-            x,
-            x if residual is None else residual,
-            weight,
-            normed,
-            x.stride(0),
-            eps,
-            WIDTH=width,
-            PADDED=padded,
-            HAS_RESIDUAL=residual is not None,
-            num_warps=min(16, max(1, padded // 512)),
-        )
-    return normed, x if residual is None else residual
+        constants = _constants(width, residual is not None)
+        launch(_rms_norm, (rows,))(x, hidden, weight, normed, row_stride, eps, **constants)
+    return normed, hidden
+
+
+@cache
+def _constants(width: int, has_residual: bool) -> dict[str, Any]:
+    padded = triton.next_power_of_2(width)
+    return {
+        "WIDTH": width,
+        "PADDED": padded,
+        "HAS_RESIDUAL": has_residual,
+        "num_warps": min(16, max(1, padded // 512)),
+        **launch_options(),
+    }
 
 
 @triton.jit
@@ -56,12 +64,15 @@ def _rms_norm(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    allow_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, PADDED)
     there = column < WIDTH
+    scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)  # no kernel writes it
+    wait_for_inputs(PDL)
     hidden = tl.load(x + row * row_stride + column, mask=there, other=0.0)
-    scale = tl.load(weight + column, mask=there, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         stream = residual + row * WIDTH + column
         wide = hidden.to(tl.float32) + tl.load(stream, mask=there, other=0.0).to(tl.float32)

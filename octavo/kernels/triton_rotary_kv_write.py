@@ -6,11 +6,15 @@ what one program does to a few heads of one token. Does not know attention.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton_launch import allow_next, launch, launch_options, wait_for_inputs
 from octavo.kernels.triton_support import refuse
 
 VALUES_AT_ONCE = 1024  # of a head times heads, for one program
@@ -20,8 +24,8 @@ def triton_kv_write(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor)
     """As KvWrite."""
     _check_write("kv_write", key, value, kv_cache, slots)
     # The kernel reads none of the tensors that stand in for those of a rotation.
-    angles, norms = (slots, kv_cache), (kv_cache, kv_cache, 0.0)
-    _launch(key[:, :0], key, value, angles, kv_cache, slots, norms, ROTATE=False, NORM=False)
+    sizes = (0, key.shape[1], key.shape[2], kv_cache.shape[3], False, False)
+    _launch(key, key, value, slots, kv_cache, kv_cache, slots, *(kv_cache, kv_cache, 0.0), sizes)
 
 
 def triton_rotary_kv_write(
@@ -34,11 +38,11 @@ def triton_rotary_kv_write(
     slots: Tensor,
 ) -> None:
     """As RotaryKvWrite."""
-    op = "rotary_kv_write"
-    _check_rotation(op, query, key, positions, cos_sin)
-    _check_write(op, key, value, kv_cache, slots)
-    angles, norms = (positions, cos_sin), (kv_cache, kv_cache, 0.0)
-    _launch(query, key, value, angles, kv_cache, slots, norms, ROTATE=True, NORM=False)
+    _check_rotation("rotary_kv_write", query, key, positions, cos_sin)
+    _check_write("rotary_kv_write", key, value, kv_cache, slots)
+    sizes = (query.shape[1], key.shape[1], key.shape[2], kv_cache.shape[3], True, False)
+    norms = (kv_cache, kv_cache, 0.0)
+    _launch(query, key, value, positions, cos_sin, kv_cache, slots, *norms, sizes)
 
 
 def triton_qk_norm_rotary_kv_write(
@@ -58,10 +62,15 @@ def triton_qk_norm_rotary_kv_write(
     _check_rotation(op, query, key, positions, cos_sin)
     _check_write(op, key, value, kv_cache, slots)
     for weight in (query_weight, key_weight):
-        if weight.shape != key.shape[2:] or weight.dtype is not key.dtype or weight.stride(0) != 1:
+        if (
+            weight.shape != key.shape[2:]
+            or weight.dtype is not key.dtype
+            or not weight.is_contiguous()
+        ):
             raise refuse(op, "weights are [D], in the heads' dtype, dense", key=key, weight=weight)
-    angles, norms = (positions, cos_sin), (query_weight, key_weight, eps)
-    _launch(query, key, value, angles, kv_cache, slots, norms, ROTATE=True, NORM=True)
+    sizes = (query.shape[1], key.shape[1], key.shape[2], kv_cache.shape[3], True, True)
+    norms = (query_weight, key_weight, eps)
+    _launch(query, key, value, positions, cos_sin, kv_cache, slots, *norms, sizes)
 
 
 def _check_rotation(
@@ -108,45 +117,58 @@ def _launch(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    angles: tuple[Tensor, Tensor],
+    positions: Tensor,
+    cos_sin: Tensor,
     kv_cache: Tensor,
     slots: Tensor,
-    norms: tuple[Tensor, Tensor, float],
-    **switches: bool,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    eps: float,
+    sizes: tuple[int, int, int, int, bool, bool],
 ) -> None:
-    tokens, num_kv_heads, dim = key.shape
+    """Of checked tensors; `sizes` are the arguments of `_constants`."""
+    tokens = key.shape[0]
     if tokens == 0:
         return
+    programs, constants = _constants(*sizes)
+    launch(_rotary_kv_write, (tokens, programs))(
+        *(query, key, value, positions, cos_sin, kv_cache, slots, query_weight, key_weight, eps),
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        kv_cache.stride(0),
+        **constants,
+    )
+
+
+@cache
+def _constants(
+    num_heads: int, num_kv_heads: int, dim: int, block_size: int, rotates: bool, norms: bool
+) -> tuple[int, dict[str, Any]]:
+    """(programs for a token, keywords of the launch)"""
     half = triton.next_power_of_2(max(1, triton.cdiv(dim, 2)))
     at_once = max(1, VALUES_AT_ONCE // (2 * half))
-    query_programs = triton.cdiv(query.shape[1], at_once)
-    programs = query_programs + triton.cdiv(num_kv_heads, at_once)
-    _rotary_kv_write[(tokens, programs)](
-        query,
-        key,
-        value,
-        *angles,
-        kv_cache,
-        slots,
-        *norms,
-        *(query.stride(0), query.stride(1), key.stride(0), key.stride(1)),
-        *(value.stride(0), value.stride(1), kv_cache[0].numel()),
-        HEADS=query.shape[1],
-        KV_HEADS=num_kv_heads,
-        BLOCK_SIZE=kv_cache.shape[3],
-        DIM=dim,
-        HALF_PAD=half,
-        AT_ONCE=at_once,
-        QUERY_PROGRAMS=query_programs,
-        **switches,
-        num_warps=4,
-    )
+    query_programs = triton.cdiv(num_heads, at_once)
+    return query_programs + triton.cdiv(num_kv_heads, at_once), {
+        "HEADS": num_heads,
+        "KV_HEADS": num_kv_heads,
+        "BLOCK_SIZE": block_size,
+        "DIM": dim,
+        "HALF_PAD": half,
+        "AT_ONCE": at_once,
+        "QUERY_PROGRAMS": query_programs,
+        "ROTATE": rotates,
+        "NORM": norms,
+        "num_warps": 4,
+        **launch_options(),
+    }
 
 
 @triton.jit
 def _turned(
     heads,
-    weight,
+    first_weight,
+    second_weight,
     eps,
     cos,
     sin,
@@ -165,9 +187,6 @@ def _turned(
     if NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         inverse = tl.rsqrt(squares / DIM + eps)[:, None]
-        inside = column < DIM // 2
-        first_weight = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        second_weight = tl.load(weight + DIM // 2 + column, mask=inside, other=0.0).to(tl.float32)
         # Rounded where RMS_NORM rounds.
         first = ((first * inverse).to(dtype).to(tl.float32) * first_weight).to(dtype)
         second = ((second * inverse).to(dtype).to(tl.float32) * second_weight).to(dtype)
@@ -204,12 +223,23 @@ def _rotary_kv_write(
     QUERY_PROGRAMS: tl.constexpr,
     ROTATE: tl.constexpr,
     NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A few query heads of one token, or a few kv heads of it."""
+    allow_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     half = tl.arange(0, HALF_PAD)[None, :]
     inside = half < DIM // 2
+    first_weight = 1.0
+    second_weight = 1.0
+    if NORM:  # no kernel writes the weights
+        weight = key_weight
+        if program < QUERY_PROGRAMS:
+            weight = query_weight
+        first_weight = tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)
+        second_weight = tl.load(weight + DIM // 2 + half, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     cos = 1.0
     sin = 0.0
     if ROTATE:
@@ -220,7 +250,9 @@ def _rotary_kv_write(
         head = (program * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
         there = (head < HEADS) & inside
         heads = query + token * query_token_stride + head * query_head_stride
-        first, second = _turned(heads, query_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM)
+        first, second = _turned(
+            heads, first_weight, second_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM
+        )
         tl.store(heads + half, first, mask=there)
         tl.store(heads + DIM // 2 + half, second, mask=there)
     else:
@@ -236,7 +268,9 @@ def _rotary_kv_write(
         keys = key + token * key_token_stride + head * key_head_stride
         if ROTATE:
             there = (head < KV_HEADS) & inside
-            first, second = _turned(keys, key_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM)
+            first, second = _turned(
+                keys, first_weight, second_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM
+            )
             tl.store(keys + half, first, mask=there)
             tl.store(keys + DIM // 2 + half, second, mask=there)
             tl.store(cached + half, first, mask=there)

@@ -6,12 +6,16 @@ is the same in any batch. Does not know requests.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.sample_tokens import DrawOptions
+from octavo.kernels.triton_launch import allow_next, launch, launch_options, wait_for_inputs
 from octavo.kernels.triton_support import refuse
 
 CHUNK = 4096
@@ -21,51 +25,53 @@ SEARCHED_AT_ONCE = 8192
 def triton_sample_tokens(logits: Tensor, options: DrawOptions) -> tuple[Tensor, Tensor]:
     """As SampleTokens. Works from the chunks' tops and sums, and reads a row two or three times.
 
-    Where some row truncates, one program a row also halves the range of its logits until it has the
-    edge: the least logit that is kept.
+    Logits may be bf16, fp16 or fp32: every load of one is converted to fp32. Where some row
+    truncates, one program a row also halves the range of its logits until it has the edge: the
+    least logit that is kept.
     """
     rows, vocabulary = logits.shape
-    if logits.stride(1) != 1 or options.seeds.shape != (rows,) or vocabulary == 0:
+    row_stride, dense = logits.stride()
+    if dense != 1 or options.seeds.shape != (rows,) or vocabulary == 0:
         rule = "logits are [S, V] with dense rows, options are columns [S]"
         raise refuse("sample_tokens", rule, logits=logits, seeds=options.seeds)
     token_ids = logits.new_empty(rows, dtype=torch.int64)
     is_finite = logits.new_empty(rows, dtype=torch.bool)
     if rows == 0:
         return token_ids, is_finite
-    num_chunks = triton.cdiv(vocabulary, CHUNK)
+    num_chunks, summarise, search, draw = _constants(vocabulary, CHUNK, SEARCHED_AT_ONCE)
     tops = logits.new_empty(rows, num_chunks, dtype=torch.float32)
     sums = logits.new_empty(rows, num_chunks, dtype=torch.float64)
     likeliest = logits.new_empty(rows, num_chunks, dtype=torch.int32)
     edges = logits.new_empty(rows, dtype=torch.float32)
-    read = (logits, logits.stride(0), options.temperature)
+    read = (logits, row_stride, options.temperature)
     chunked = (tops, sums, likeliest)
-    sizes = {"VOCABULARY": vocabulary, "CHUNK": CHUNK}
-    padded = {"NUM_CHUNKS": num_chunks, "CHUNKS_PAD": triton.next_power_of_2(num_chunks)}
-    if options.truncates:
-        _summarise[(rows, num_chunks)](*read, edges, *chunked, **sizes, EDGES=False, num_warps=8)
-        _find_edges[(rows,)](
-            *read,
-            *(options.top_k, options.top_p, options.min_p),
-            *(tops, edges),
-            VOCABULARY=vocabulary,
-            AT_ONCE=min(SEARCHED_AT_ONCE, triton.next_power_of_2(vocabulary)),
-            **padded,
-            num_warps=16,
-        )
-    _summarise[(rows, num_chunks)](
-        *read, edges, *chunked, **sizes, EDGES=options.truncates, num_warps=8
-    )
-    _draw[(rows,)](
-        *read,
-        *(options.seeds, options.positions, edges),
-        *chunked,
-        *(token_ids, is_finite),
-        **sizes,
-        **padded,
-        EDGES=options.truncates,
-        num_warps=8,
-    )
+    truncates = options.truncates
+    if truncates:
+        limits = (options.top_k, options.top_p, options.min_p)
+        launch(_summarise, (rows, num_chunks))(*read, edges, *chunked, EDGES=False, **summarise)
+        launch(_find_edges, (rows,))(*read, *limits, tops, edges, **search)
+    launch(_summarise, (rows, num_chunks))(*read, edges, *chunked, EDGES=truncates, **summarise)
+    counters = (options.seeds, options.positions)
+    written = (token_ids, is_finite)
+    launch(_draw, (rows,))(*read, *counters, edges, *chunked, *written, EDGES=truncates, **draw)
     return token_ids, is_finite
+
+
+@cache
+def _constants(
+    vocabulary: int, chunk: int, searched_at_once: int
+) -> tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(chunks of a row, keywords of _summarise, of _find_edges, of _draw)"""
+    num_chunks = triton.cdiv(vocabulary, chunk)
+    common = {"VOCABULARY": vocabulary, **launch_options()}
+    padded = {"NUM_CHUNKS": num_chunks, "CHUNKS_PAD": triton.next_power_of_2(num_chunks)}
+    at_once = min(searched_at_once, triton.next_power_of_2(vocabulary))
+    return (
+        num_chunks,
+        {**common, "CHUNK": chunk, "num_warps": 8},
+        {**common, **padded, "AT_ONCE": at_once, "num_warps": 16},
+        {**common, **padded, "CHUNK": chunk, "num_warps": 8},
+    )
 
 
 @triton.jit
@@ -89,8 +95,11 @@ def _summarise(
     VOCABULARY: tl.constexpr,
     CHUNK: tl.constexpr,
     EDGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A chunk's top (NaN if it holds one), where it is, and its sum of exp(logit - top)."""
+    allow_next(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     chunk = tl.program_id(1)
     column = chunk * CHUNK + tl.arange(0, CHUNK)
@@ -196,8 +205,11 @@ def _find_edges(
     AT_ONCE: tl.constexpr,
     NUM_CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """The least logit that a row keeps: top-k, then top-p of what that keeps, then min-p."""
+    allow_next(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     _, top, finite = _row_top(tops, row, NUM_CHUNKS, CHUNKS_PAD)
     edge = float("-inf")
@@ -270,8 +282,11 @@ def _draw(
     NUM_CHUNKS: tl.constexpr,
     CHUNKS_PAD: tl.constexpr,
     EDGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Finds the chunk that holds the row's uniform number, then the token in it."""
+    allow_next(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0)
     own_tops, top, finite = _row_top(tops, row, NUM_CHUNKS, CHUNKS_PAD)
     tl.store(is_finite + row, finite)

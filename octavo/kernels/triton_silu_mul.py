@@ -5,10 +5,14 @@ Owns the width of a stretch. Does not know the projections on either side.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from octavo.kernels.triton_launch import allow_next, launch, launch_options, wait_for_inputs
 from octavo.kernels.triton_support import refuse
 
 STRETCH = 1024
@@ -17,20 +21,29 @@ STRETCH = 1024
 def triton_silu_mul(x: Tensor) -> Tensor:
     """As SiluMul; rows of x may be strided. Rounds once, where the reference rounds twice."""
     rows, double_width = x.shape
-    if x.stride(1) != 1 or double_width % 2:
+    row_stride, dense = x.stride()
+    if dense != 1 or double_width % 2:
         raise refuse("silu_mul", "x is [T, 2I] with dense rows", x=x)
     width = double_width // 2
     out = x.new_empty(rows, width)
     if rows and width:
-        stretch = min(STRETCH, triton.next_power_of_2(width))
-        _silu_mul[(rows, triton.cdiv(width, stretch))](
-            x, out, x.stride(0), WIDTH=width, STRETCH=stretch, num_warps=max(1, stretch // 256)
-        )
+        stretches, constants = _constants(width)
+        launch(_silu_mul, (rows, stretches))(x, out, row_stride, **constants)
     return out
 
 
+@cache
+def _constants(width: int) -> tuple[int, dict[str, Any]]:
+    """(stretches in a row, keywords of the launch)"""
+    stretch = min(STRETCH, triton.next_power_of_2(width))
+    sizes = {"WIDTH": width, "STRETCH": stretch, "num_warps": max(1, stretch // 256)}
+    return triton.cdiv(width, stretch), {**sizes, **launch_options()}
+
+
 @triton.jit
-def _silu_mul(x, out, row_stride, WIDTH: tl.constexpr, STRETCH: tl.constexpr):
+def _silu_mul(x, out, row_stride, WIDTH: tl.constexpr, STRETCH: tl.constexpr, PDL: tl.constexpr):
+    allow_next(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * STRETCH + tl.arange(0, STRETCH)
     there = column < WIDTH

@@ -5,7 +5,7 @@ from octavo.layers.build import Build, KernelReport, Layer, finish_layers
 from octavo.layers.context import StepContext
 from octavo.layers.linear import Linear
 from octavo.layers.mlp import GatedMLP
-from octavo.layers.norm import RMSNorm
+from octavo.layers.norm import QKNorm, RMSNorm
 from octavo.layers.rotary import Rotary
 from octavo.layers.slot import Slot
 from octavo.layers.vocabulary import Vocabulary
@@ -18,6 +18,7 @@ __all__ = [
     "KernelReport",
     "Layer",
     "Linear",
+    "QKNorm",
     "RMSNorm",
     "Rotary",
     "Slot",

@@ -1,13 +1,22 @@
 """Attention over the paged KV cache. Knows heads and caches; no requests, no weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from octavo.kernels import KV_WRITE, PAGED_ATTENTION, ROTARY_KV_WRITE, Choice
+from octavo.kernels import (
+    KV_WRITE,
+    PAGED_ATTENTION,
+    QK_NORM_ROTARY_KV_WRITE,
+    ROTARY_KV_WRITE,
+    Choice,
+    Op,
+)
 from octavo.layers.build import Build, Layer
 from octavo.layers.context import StepContext
+from octavo.layers.norm import QKNorm
 from octavo.layers.rotary import Rotary
 
 
@@ -27,7 +36,8 @@ class KVSpec:
 class Attention(Layer):
     """Writes this step's keys and values to layer `layer`'s cache, then attends to all of them.
 
-    With a `rotary` it first rotates queries and keys, in the same pass.
+    With a `rotary` it first rotates queries and keys, in the same pass; with a `qk_norm`, too, it
+    normalises them before that.
     """
 
     def __init__(
@@ -39,8 +49,11 @@ class Attention(Layer):
         build: Build,
         *,
         rotary: Rotary | None = None,
+        qk_norm: QKNorm | None = None,
     ):
         super().__init__()
+        if rotary is None and qk_norm is not None:
+            raise ValueError("there is no kernel for a QK-norm without a rotation after it")
         case = build.case(
             {
                 "num_heads": num_heads,
@@ -49,12 +62,16 @@ class Attention(Layer):
                 "block_size": build.block_size,
             }
         )
-        write, rotate_and_write = KV_WRITE.select(case), ROTARY_KV_WRITE.select(case)
-        attend = PAGED_ATTENTION.select(case)
-        self._choices = (write if rotary is None else rotate_and_write, attend)
-        self._write, self._rotate_and_write = write.function, rotate_and_write.function
-        self._attend = attend.function
+        op: Op[Any] = KV_WRITE
+        if rotary is not None:
+            op = ROTARY_KV_WRITE if qk_norm is None else QK_NORM_ROTARY_KV_WRITE
+        self._choices = (op.select(case), PAGED_ATTENTION.select(case))
+        self._write: Callable[..., None] = self._choices[0].function
+        self._attend = self._choices[1].function
         self._cos_sin = None if rotary is None else rotary.cos_sin
+        self._norms: tuple[Any, ...] = ()
+        if qk_norm is not None:
+            self._norms = (qk_norm.query_weight, qk_norm.key_weight, qk_norm.eps)
         self._layer = layer
         self._scale = head_dim**-0.5
         self.spec = KVSpec(num_kv_heads, head_dim)
@@ -65,15 +82,14 @@ class Attention(Layer):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: StepContext) -> Tensor:
         """query [T, Hq, D], key and value [T, Hkv, D] (strided views) -> [T, Hq, D].
 
-        With a rotary, query and key are rotated in place.
+        With a rotary, query and key are changed in place.
         """
         cache, slots = context.kv_caches[self._layer], context.slots
         if self._cos_sin is None:
             self._write(key, value, cache, slots)
         else:
-            self._rotate_and_write(
-                query, key, value, context.positions, self._cos_sin, cache, slots
-            )
+            angles = (context.positions, self._cos_sin)
+            self._write(query, key, value, *angles, cache, slots, *self._norms)
         return self._attend(query, cache, context.attention, self._scale)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from octavo.kernels import Case, Choice
 from octavo.parallel import ParallelGroup
-from octavo.quant import DenseFormat, WeightFormat
+from octavo.quant import DenseFormat, StoredWeight, WeightFormat
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +19,19 @@ class Build:
     device: str
     dtype: torch.dtype
     block_size: int = 16  # tokens in a KV block
+    batch_invariant: bool = False  # kernels whose bits for a row do not depend on other rows
     group: ParallelGroup = field(default_factory=ParallelGroup)
     weights: WeightFormat = field(default_factory=DenseFormat)
 
     def case(self, sizes: Mapping[str, int] | None = None) -> Case:
         """What kernels are asked to support."""
-        return Case(self.device, self.dtype, sizes or {})
+        promises = {"batch_invariant": 1} if self.batch_invariant else {}
+        return Case(self.device, self.dtype, {**(sizes or {}), **promises})
+
+    def weight(self, out_features: int, in_features: int) -> StoredWeight:
+        """Storage for one weight [out_features, in_features]."""
+        sizes = {"out_features": out_features, "in_features": in_features}
+        return self.weights.create(self.case(sizes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,12 +40,7 @@ class Linear(Layer):
             self._columns = build.group.share(in_features, "input features")
         self._shares = {name: self._share(name, rows) for name, rows in parts.items()}
         self.out_features = sum(share.stop - share.start for share in self._shares.values())
-        self.weight = build.weights.create(
-            self.out_features,
-            self._columns.stop - self._columns.start,
-            dtype=build.dtype,
-            device=build.device,
-        )
+        self.weight = build.weight(self.out_features, self._columns.stop - self._columns.start)
         self.bias = (
             torch.empty(self.out_features, dtype=build.dtype, device=build.device) if bias else None
         )

@@ -1,4 +1,4 @@
-"""Normalisation with the residual stream carried along."""
+"""Normalisation: of the residual stream, which it carries along, and of queries and keys."""
 
 from typing import Any
 
@@ -34,3 +34,21 @@ class RMSNorm(Layer):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x, residual [T, size] -> (normalised, new residual), both [T, size]."""
         return self._kernel(x, self.weight, self.eps, residual)
+
+
+class QKNorm:
+    """An RMS norm over each query head, and one over each key head. `Attention` runs them."""
+
+    def __init__(self, head_dim: int, eps: float, build: Build):
+        # All heads share one weight, and so do all ranks.
+        self.query_weight = torch.empty(head_dim, dtype=build.dtype, device=build.device)
+        self.key_weight = torch.empty_like(self.query_weight)
+        self.eps = eps
+
+    def slots(self, query_name: str, key_name: str) -> dict[str, Slot]:
+        """The table of checkpoint tensors."""
+        weights = {query_name: self.query_weight, key_name: self.key_weight}
+        return {
+            f"{name}.weight": Slot(tuple(weight.shape), weight.copy_)
+            for name, weight in weights.items()
+        }

@@ -16,9 +16,7 @@ class Vocabulary(Layer):
     def __init__(self, vocab_size: int, hidden_size: int, build: Build, *, tied: bool):
         super().__init__()
         self._shape = (vocab_size, hidden_size)
-        self.head = build.weights.create(
-            vocab_size, hidden_size, dtype=build.dtype, device=build.device
-        )
+        self.head = build.weight(vocab_size, hidden_size)
         self.embedding = (
             None if tied else torch.empty(self._shape, dtype=build.dtype, device=build.device)
         )
@@ -44,5 +42,5 @@ class Vocabulary(Layer):
         return nn.functional.embedding(token_ids, self.embedding)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden_size] -> [S, vocab_size], fp32."""
-        return self.head.apply(hidden, None).float()
+        """hidden [S, hidden_size] -> [S, vocab_size], in the weights' dtype."""
+        return self.head.apply(hidden, None)

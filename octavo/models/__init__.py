@@ -11,6 +11,7 @@ from octavo.models.base import Model
 # ModelConfig.architecture -> (module, class). Imported when asked for.
 ARCHITECTURES: dict[str, tuple[str, str]] = {
     "llama": ("octavo.models.llama", "Llama"),
+    "qwen3": ("octavo.models.qwen3", "Qwen3"),
 }
 
 

@@ -20,4 +20,4 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden_size] -> fp32 logits [S, vocab_size]."""
+        """hidden [S, hidden_size] -> logits [S, vocab_size], in the weights' dtype."""

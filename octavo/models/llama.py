@@ -1,7 +1,10 @@
 """Llama 2 and 3.x (arXiv 2307.09288, 2407.21783), and what copied its wiring: SmolLM2, TinyLlama.
 
-Only wiring and checkpoint names: layers carry sharding, weight formats, caches and kernels.
+Only wiring and checkpoint names: layers carry sharding, weight formats, caches and kernels. A model
+that differs in its attention alone names another in the place of `attention_type`.
 """
+
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -11,6 +14,7 @@ from octavo.layers import (
     Build,
     GatedMLP,
     Linear,
+    QKNorm,
     RMSNorm,
     Rotary,
     Slot,
@@ -23,7 +27,15 @@ from octavo.models.base import Model
 class LlamaAttention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
 
-    def __init__(self, config: ModelConfig, layer: int, build: Build, rotary: Rotary):
+    def __init__(
+        self,
+        config: ModelConfig,
+        layer: int,
+        build: Build,
+        *,
+        rotary: Rotary,
+        qk_norm: QKNorm | None = None,
+    ):
         super().__init__()
         self.num_heads = build.group.local(config.num_heads, "attention heads")
         self.num_kv_heads = build.group.local(config.num_kv_heads, "key/value heads")
@@ -36,9 +48,8 @@ class LlamaAttention(nn.Module):
             bias=config.attention_bias,
             split="rows",
         )
-        self.attend = Attention(
-            layer, self.num_heads, self.num_kv_heads, config.head_dim, build, rotary=rotary
-        )
+        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
+        self.attend = Attention(layer, *heads, build, rotary=rotary, qk_norm=qk_norm)
         self.output = Linear(
             {"o": config.hidden_size},
             config.num_heads * config.head_dim,
@@ -61,10 +72,10 @@ class LlamaAttention(nn.Module):
 class LlamaBlock(nn.Module):
     """One transformer block: attention and feed-forward, each after a norm."""
 
-    def __init__(self, config: ModelConfig, layer: int, build: Build, rotary: Rotary):
+    def __init__(self, config: ModelConfig, build: Build, attention: LlamaAttention):
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
-        self.attention = LlamaAttention(config, layer, build, rotary)
+        self.attention = attention
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
         self.mlp = GatedMLP(
             config.hidden_size, config.intermediate_size, build, bias=config.mlp_bias
@@ -90,6 +101,8 @@ class LlamaBlock(nn.Module):
 class Llama(Model):
     """The decoder: embedding, blocks, norm, head."""
 
+    attention_type: ClassVar[type[LlamaAttention]] = LlamaAttention
+
     def __init__(self, config: ModelConfig, build: Build, *, max_positions: int):
         super().__init__()
         rotary = Rotary(
@@ -102,7 +115,10 @@ class Llama(Model):
         self.vocabulary = Vocabulary(
             config.vocab_size, config.hidden_size, build, tied=config.tie_word_embeddings
         )
-        blocks = [LlamaBlock(config, layer, build, rotary) for layer in range(config.num_layers)]
+        blocks = [
+            LlamaBlock(config, build, self.attention_type(config, layer, build, rotary=rotary))
+            for layer in range(config.num_layers)
+        ]
         self.blocks = nn.ModuleList(blocks)  # registers them; the list keeps their type
         self._blocks = blocks
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
@@ -124,5 +140,5 @@ class Llama(Model):
         return x
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden_size] -> fp32 logits [S, vocab_size]."""
+        """hidden [S, hidden_size] -> logits [S, vocab_size], in the weights' dtype."""
         return self.vocabulary.logits(hidden)

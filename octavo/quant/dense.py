@@ -38,21 +38,19 @@ class WeightFormat(Protocol):
 
     name: str
 
-    def create(
-        self, out_features: int, in_features: int, *, dtype: torch.dtype, device: str
-    ) -> StoredWeight: ...
+    def create(self, case: Case) -> StoredWeight:
+        """Storage for a weight of `case.sizes`' out_features rows of in_features numbers."""
+        ...
 
 
 class DenseWeight:
     """Every value as it is, in the model's dtype."""
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, device: str):
-        sizes = {"out_features": out_features, "in_features": in_features}
-        self._choice = LINEAR.select(Case(device, dtype, sizes))
+    def __init__(self, case: Case):
+        self._choice = LINEAR.select(case)
         self._kernel = self._choice.function
-        self._plain: Tensor | None = torch.empty(
-            out_features, in_features, dtype=dtype, device=device
-        )
+        shape = case.sizes["out_features"], case.sizes["in_features"]
+        self._plain: Tensor | None = torch.empty(shape, dtype=case.dtype, device=case.device)
         self._prepared: PreparedWeight | None = None
 
     def place(self, rows: slice, tensor: Tensor) -> None:
@@ -78,7 +76,6 @@ class DenseFormat:
 
     name = "dense"
 
-    def create(
-        self, out_features: int, in_features: int, *, dtype: torch.dtype, device: str
-    ) -> DenseWeight:
-        return DenseWeight(out_features, in_features, dtype, device)
+    def create(self, case: Case) -> DenseWeight:
+        """As WeightFormat."""
+        return DenseWeight(case)

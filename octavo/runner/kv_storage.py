@@ -62,6 +62,12 @@ class KVStorage:
         self._disk = disk
 
     @property
+    def padding_slot(self) -> int:
+        """A slot of the last block: where tokens of nobody go, if there is one block too many."""
+        num_blocks, _, block_size = self.kv_caches[0].shape[1:4]
+        return int((num_blocks - 1) * block_size)
+
+    @property
     def host_bytes(self) -> int:
         """Bytes of the host tier."""
         return self._host.nbytes

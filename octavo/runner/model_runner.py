@@ -1,66 +1,161 @@
 """Plan → tensors → model → sampled ids. Knows no HTTP, no text and no queues."""
 
-import itertools
 import threading
+from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
+from msgspec import structs
+from torch import Tensor
 
+from octavo.config.memory_plan import NEW_BLOCKS_WORDS
 from octavo.core import SampledTokens, ScheduledTokens, StepPlan, StepResult
-from octavo.layers import StepContext
 from octavo.models import Model
-from octavo.runner.inputs import prepare_inputs
+from octavo.runner.graphs import Recorder, StepGraphs, cuda_recorder
 from octavo.runner.kv_storage import KVStorage
-from octavo.runner.rows import Row
-from octavo.runner.sampler import Draw, sample
+from octavo.runner.layout import StepLayout, lay_out
+from octavo.runner.links import Readback, Uplink
+from octavo.runner.packet import Packet, StepSizes
+from octavo.runner.rows import NewBlocks, Row, Rows, StepLimits
+from octavo.runner.sampler import Drawn, sample
+from octavo.runner.stages import Stages, StepBounds
 
 
 class ModelRunner:
-    """The executor that runs a model. Sole writer of its rows and of the KV storage."""
+    """The executor that runs a model. Sole writer of its rows and of the KV storage.
+
+    `launch` hands a step to the device and returns; the step before may still be running, for what
+    it draws stays on the device. `execute` waits for the result.
+    """
 
     def __init__(
         self,
         model: Model,
         storage: KVStorage,
+        limits: StepLimits,
         *,
-        block_size: int,
         device: str,
         num_threads: int | None = None,
     ):
-        self._model = model
         self._storage = storage
-        self._block_size = block_size
-        self._device = device
+        self._limits = limits
         self._num_threads = num_threads
         self._thread: int | None = None  # the one that `num_threads` was last set for
-        self._rows: dict[str, Row] = {}
+        self._rows = Rows(limits, device)
+        self._stages = Stages(
+            model,
+            storage.kv_caches,
+            self._rows.on_device,
+            block_size=limits.block_size,
+            padding_slot=storage.padding_slot,
+        )
+        # With drafts, each token of a step may be drawn after.
+        num_tokens = limits.max_num_batched_tokens
+        largest = StepSizes(limits.max_num_seqs, num_tokens, num_tokens)
+        self._uplink = Uplink(Packet.num_words(largest) + NEW_BLOCKS_WORDS, device)
+        self._graphs: StepGraphs | None = None
+        self._unread: PendingStep | None = None
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes on the device of what is kept of rows, and of the packets that speak of them."""
+        rows = self._rows.on_device
+        tensors = (rows.block_tables, rows.last_token_ids, self._uplink.device_memory)
+        return sum(tensor.nbytes for tensor in tensors)
 
     @torch.inference_mode()
+    def compile_kernels(self, sizes: Iterable[StepSizes]) -> None:
+        """Have the kernels of steps of these sizes compiled. On a GPU; no step is run."""
+        from octavo.kernels.triton_launch import compile_ahead  # there is no Triton elsewhere
+
+        memory, stages, limits = self._uplink.device_memory, self._stages, self._limits
+        with compile_ahead(self._num_threads or 1):
+            for size in sizes:
+                packet = Packet.over(memory, size)
+                inputs = stages.allocate_inputs(size, limits.max_model_len)
+                for ids in (inputs.token_ids, inputs.positions, inputs.slots):
+                    ids.zero_()  # nothing is prepared, and torch's own kernels do run
+                max_query_len = 1 if size.num_tokens == size.num_seqs else size.num_tokens
+                bounds = StepBounds(max_query_len, limits.max_model_len)
+                hidden = stages.run_model(packet.shares, packet.draws, inputs, bounds)
+                for truncates in (False, True):
+                    stages.draw(stages.logits(hidden), packet.draws, truncates=truncates)
+
+    @torch.inference_mode()
+    def capture_graphs(self, recorder: Callable[[], Recorder] = cuda_recorder) -> None:
+        """Replay graphs from now on; those that no request should wait for are made here."""
+        self._graphs = StepGraphs(
+            self._stages, self._limits, self._uplink.device_memory, record=recorder()
+        )
+        self._graphs.capture_decodes()
+
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step; the result has a token for each share that `samples`."""
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> "PendingStep":
+        """Hand one step to the device. Its result may be read after the next one is launched."""
         self._set_num_threads()
-        self._update_rows(plan)
+        new_blocks = self._rows.update(plan)
         failed, transfer_s = self._storage.transfer(plan.transfers)
-        if not plan.scheduled:
-            return StepResult(plan.step, (), failed, transfer_s)
         rows = [self._rows[share.sequence_id] for share in plan.scheduled]
-        inputs = prepare_inputs(
-            plan.scheduled, rows, block_size=self._block_size, device=self._device
-        )
-        context = StepContext(
-            inputs.positions, inputs.slots, inputs.attention, self._storage.kv_caches
-        )
-        hidden = self._model(inputs.token_ids, context)
+        if self._unread is not None and any(row.shapes_logits for row in rows):
+            self._unread.result()  # penalties count the ids drawn so far
+        draws = self._run(lay_out(plan.scheduled, rows), new_blocks) if rows else _nothing
         for share, row in zip(plan.scheduled, rows, strict=True):
             row.num_computed_tokens += share.num_tokens
-        if not inputs.sample_rows:
-            return StepResult(plan.step, (), failed, transfer_s)
-        draws = iter(sample(self._model.logits(hidden[inputs.sample_index]), inputs.sample_rows))
-        sampled = tuple(
-            _take(share, row, list(itertools.islice(draws, len(share.draft_ids) + 1)))
-            for share, row in zip(plan.scheduled, rows, strict=True)
-            if share.samples
+            row.num_tokens += share.samples and not share.draft_ids
+        bare = StepResult(plan.step, (), failed, transfer_s)
+        self._unread = PendingStep(bare, plan.scheduled, rows, draws)
+        return self._unread
+
+    def _run(self, step: StepLayout, new_blocks: NewBlocks) -> Callable[[], Drawn]:
+        """Send the step down, run the model over it and draw; the draws can be asked for later."""
+        graphs, stages, sizes = self._graphs, self._stages, step.sizes
+        shape = None if graphs is None else graphs.shape_for(sizes)
+        truncates = step.truncates(self._rows)
+        is_plain = not any(row.wants_more_than_a_draw for row in step.draw_rows)
+        if graphs is not None and shape is not None:
+            packet = self._send(step, partial(graphs.packet, shape=shape), new_blocks)
+            hidden = graphs.run_model(shape)[: sizes.num_samples]
+            if is_plain and step.draw_rows:
+                token_ids = graphs.draw(sizes.num_samples, truncates=truncates)
+                return Readback(token_ids, stages.device).wait
+        else:
+            packet = self._send(step, partial(Packet.over, sizes=sizes), new_blocks)
+            inputs = stages.allocate_inputs(sizes, step.bounds.max_context_len)
+            hidden = stages.run_model(packet.shares, packet.draws, inputs, step.bounds)
+        if not step.draw_rows:
+            return Readback(None, stages.device).wait
+        draw = partial(
+            stages.draw, draws=packet.draws.first(sizes.num_samples), truncates=truncates
         )
-        return StepResult(plan.step, sampled, failed, transfer_s)
+        if is_plain:
+            return Readback(draw(stages.logits(hidden)), stages.device).wait
+        drawn = sample(stages.logits(hidden), step.draw_rows, draw)
+        return lambda: drawn
+
+    def _send(
+        self, step: StepLayout, packet_over: Callable[[Tensor], Packet], new_blocks: NewBlocks
+    ) -> Packet:
+        """Copy a step to the device, with the new blocks behind it; return the packet there."""
+        buffer, on_device = self._uplink.next_buffer(), self._uplink.device_memory
+        packet = packet_over(buffer)
+        step.write(packet, self._rows)
+        places, block_ids = new_blocks
+        first, second = len(packet.words), len(packet.words) + len(places)
+        stop = second + len(block_ids)
+        if stop <= len(buffer):
+            buffer.numpy()[first:stop] = places + block_ids
+            self._uplink.send(stop)
+            if places:
+                self._rows.apply(on_device[first:second], on_device[second:stop])
+        else:
+            self._uplink.send(first)
+            columns = torch.tensor(new_blocks, dtype=torch.int32).to(on_device.device)
+            self._rows.apply(*columns)
+        return packet_over(on_device)
 
     def _set_num_threads(self) -> None:
         """OpenMP counts threads for each calling thread apart, and steps may come from another."""
@@ -68,35 +163,66 @@ class ModelRunner:
             self._thread = threading.get_ident()
             torch.set_num_threads(self._num_threads)
 
-    def _update_rows(self, plan: StepPlan) -> None:
-        """Apply the plan's difference to the rows."""
-        for sequence_id in plan.dropped:
-            self._rows.pop(sequence_id, None)
-        for new in plan.new:
-            self._rows[new.sequence_id] = Row(new)
-        for share in plan.scheduled:
-            table = self._rows[share.sequence_id].block_ids
-            table[share.num_kept_blocks :] = share.new_block_ids
+
+class PendingStep:
+    """A step that the device has. `result` waits until it is done."""
+
+    def __init__(
+        self,
+        bare: StepResult,
+        shares: tuple[ScheduledTokens, ...],
+        rows: list[Row],
+        draws: Callable[[], Drawn],
+    ):
+        self._bare = bare  # all but the tokens
+        self._shares = shares
+        self._rows = rows
+        self._draws = draws
+        self._result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        """What the step brought; its rows know their new tokens from then on."""
+        if self._result is None:
+            drawn, place, sampled = self._draws(), 0, []
+            for share, row in zip(self._shares, self._rows, strict=True):
+                if not share.samples:
+                    continue
+                token_id = drawn.token_ids[place]
+                if share.draft_ids or drawn.logprobs is not None or token_id < 0:
+                    stop = place + len(share.draft_ids) + 1
+                    sampled.append(_take(share, row, drawn, slice(place, stop)))
+                    place = stop
+                else:  # as nearly always
+                    row.token_ids.append(token_id)
+                    sampled.append(SampledTokens(share.sequence_id, (token_id,)))
+                    place += 1
+            self._result = structs.replace(self._bare, sampled=tuple(sampled))
+        return self._result
 
 
-def _take(share: ScheduledTokens, row: Row, draws: list[Draw]) -> SampledTokens:
+def _nothing() -> Drawn:
+    return Drawn([])
+
+
+def _take(share: ScheduledTokens, row: Row, drawn: Drawn, places: slice) -> SampledTokens:
     """A row's new tokens: each draft that is what was drawn in its place, and the draw after them.
 
     Draws depend on seed and position only, so the text is the same as without drafts.
     """
-    num_right = 0
-    for draft_id, draw in zip(share.draft_ids, draws, strict=False):
-        if draw.token_id != draft_id or not draw.is_finite:
+    token_ids, num_right = drawn.token_ids[places], 0
+    for draft_id, token_id in zip(share.draft_ids, token_ids, strict=False):
+        if token_id != draft_id:
             break
         num_right += 1
-    taken = draws[: num_right + 1]
+    token_ids = token_ids[: num_right + 1]
     # A failed row has no token; a step already planned may still run it on any id.
-    row.token_ids += [max(draw.token_id, 0) for draw in taken]
-    row.num_computed_tokens = len(row.token_ids) - 1
-    if not all(draw.is_finite for draw in taken):
+    row.token_ids += [max(token_id, 0) for token_id in token_ids]
+    if share.draft_ids:
+        row.num_tokens = len(row.token_ids)
+        row.num_computed_tokens = row.num_tokens - 1
+    if token_ids[-1] < 0:
         error = "the model's output was not a finite number"
         return SampledTokens(share.sequence_id, (), error=error)
-    logprobs = tuple(draw.logprobs for draw in taken if draw.logprobs is not None)
-    return SampledTokens(
-        share.sequence_id, tuple(draw.token_id for draw in taken), logprobs or None
-    )
+    reports = [] if drawn.logprobs is None else drawn.logprobs[places][: len(token_ids)]
+    logprobs = tuple(report for report in reports if report is not None)
+    return SampledTokens(share.sequence_id, tuple(token_ids), logprobs or None)

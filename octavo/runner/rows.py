@@ -1,41 +1,210 @@
-"""What the runner keeps of each sequence between steps. Sole writer: the model runner."""
+"""What is kept of each sequence between steps, on the host and on the device.
+
+Sole writer: the model runner.
+"""
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from octavo.core import NewSequence
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from octavo.config import ResolvedConfig
+from octavo.core import NewSequence, StepPlan
+from octavo.errors import IntegrityError
+from octavo.kernels import DeviceRows
+from octavo.runner.packet import Draws
+
+INT32_MAX = 2**31 - 1
+
+# Places in the flattened block tables, and the ids of the blocks that belong there.
+NewBlocks = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The most that one step, and one sequence, can ask of a runner."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    block_size: int
+
+    @property
+    def max_num_blocks(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.max_model_len // self.block_size)
+
+
+def step_limits(config: ResolvedConfig) -> StepLimits:
+    """Those of an engine."""
+    return StepLimits(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=config.max_model_len,
+        block_size=config.block_size,
+    )
 
 
 class Row:
-    """One sequence: its ids, its place in the KV cache, its sampling options."""
+    """One sequence: its ids as far as they were read, and its sampling options."""
 
     __slots__ = (
-        "block_ids",
+        "index",
         "min_num_tokens",
         "num_computed_tokens",
         "num_logprobs",
         "num_prompt_tokens",
+        "num_tokens",
         "sampling",
         "seed",
-        "sequence_id",
+        "shapes_logits",
         "stop_ids",
         "token_ids",
     )
 
-    def __init__(self, new: NewSequence):
-        self.sequence_id = new.sequence_id
+    def __init__(self, new: NewSequence, index: int = 0):
+        sampling = new.sampling
+        self.index = index  # into the tables of the device
         self.token_ids = list(new.token_ids)
+        self.num_tokens = len(self.token_ids)  # with those that were drawn but not read yet
         self.num_prompt_tokens = new.num_prompt_tokens
         self.num_computed_tokens = new.num_computed_tokens
-        self.block_ids = list(new.block_ids)
-        self.sampling = new.sampling
+        self.sampling = sampling
         self.seed = new.seed
         self.stop_ids = new.stop_ids
         self.num_logprobs = new.num_logprobs
-        self.min_num_tokens = new.num_prompt_tokens + new.sampling.min_tokens
+        self.min_num_tokens = new.num_prompt_tokens + sampling.min_tokens
+        self.shapes_logits = (
+            sampling.has_penalties
+            or bool(sampling.logit_bias)
+            or sampling.allowed_token_ids is not None
+        )
+
+    @property
+    def wants_more_than_a_draw(self) -> bool:
+        """True where its logits are changed before the draw, or reported after it."""
+        return (
+            self.shapes_logits
+            or self.num_logprobs is not None
+            or self.num_tokens < self.min_num_tokens
+        )
 
     def with_tokens(self, token_ids: Sequence[int]) -> "Row":
         """The same sequence as if these were its next tokens."""
         row = copy.copy(self)
         row.token_ids = [*self.token_ids, *token_ids]
+        row.num_tokens = len(row.token_ids)
         return row
+
+
+class OptionColumns:
+    """How each row wants its tokens drawn, a column for each option, so that a step only gathers.
+
+    The last row is nobody's: greedy, which costs least.
+    """
+
+    def __init__(self, num_rows: int):
+        self.temperature = np.zeros(num_rows, np.float32)
+        self.top_k = np.zeros(num_rows, np.int32)
+        self.top_p = np.ones(num_rows, np.float32)
+        self.min_p = np.zeros(num_rows, np.float32)
+        self.seeds = np.zeros(num_rows, np.int64)
+        self.truncates = np.zeros(num_rows, np.bool_)
+
+    def set(self, index: int, row: Row) -> None:
+        """Note a new row."""
+        options, greedy = row.sampling, row.sampling.greedy
+        self.temperature[index] = 0.0 if greedy else options.temperature
+        self.top_k[index] = min(max(options.top_k, 0), INT32_MAX)
+        self.top_p[index] = options.top_p
+        self.min_p[index] = options.min_p
+        self.seeds[index] = row.seed
+        shortened = options.top_k > 0 or options.top_p < 1.0 or options.min_p > 0.0
+        self.truncates[index] = shortened and not greedy
+
+    def gather(self, indices: npt.NDArray[np.int32], draws: Draws) -> None:
+        """Fill in the options of these rows [S]."""
+        for column, section in (
+            (self.temperature, draws.temperature),
+            (self.top_k, draws.top_k),
+            (self.top_p, draws.top_p),
+            (self.min_p, draws.min_p),
+            (self.seeds, draws.seeds),
+        ):
+            np.take(column, indices, out=section.numpy())
+
+
+class Rows:
+    """The rows of all sequences that the scheduler has introduced and not dropped.
+
+    On the device a row is a line of the block tables and the id that was drawn last. One line more
+    than there can be sequences belongs to nobody: what fills a batch up points there.
+    """
+
+    def __init__(self, limits: StepLimits, device: str):
+        self._limits = limits
+        self._rows: dict[str, Row] = {}
+        self._free = list(range(limits.max_num_seqs - 1, -1, -1))
+        self.nobody = limits.max_num_seqs
+        self.options = OptionColumns(limits.max_num_seqs + 1)
+        self.on_device = DeviceRows(
+            torch.zeros(
+                (limits.max_num_seqs + 1, limits.max_num_blocks), dtype=torch.int32, device=device
+            ),
+            torch.zeros(limits.max_num_seqs + 1, dtype=torch.int64, device=device),
+        )
+
+    def __getitem__(self, sequence_id: str) -> Row:
+        return self._rows[sequence_id]
+
+    def update(self, plan: StepPlan) -> NewBlocks:
+        """Apply the plan's difference; return what must change on the device."""
+        for sequence_id in plan.dropped:
+            self._forget(sequence_id)
+        places: list[int] = []
+        block_ids: list[int] = []
+        for new in plan.new:
+            self._forget(new.sequence_id)
+            self._write(self._add(new), 0, new.block_ids, places, block_ids)
+        for share in plan.scheduled:
+            if share.new_block_ids:
+                row = self._rows[share.sequence_id]
+                self._write(row, share.num_kept_blocks, share.new_block_ids, places, block_ids)
+        return places, block_ids
+
+    def apply(self, places: Tensor, block_ids: Tensor) -> None:
+        """Write what `update` returned, now on the device, to the tables there."""
+        self.on_device.block_tables.view(-1).index_put_((places.long(),), block_ids)
+
+    def _add(self, new: NewSequence) -> Row:
+        if not self._free:
+            raise IntegrityError(
+                f"more than {self._limits.max_num_seqs} sequences are with the runner"
+            )
+        row = Row(new, self._free.pop())
+        self._rows[new.sequence_id] = row
+        self.options.set(row.index, row)
+        return row
+
+    def _forget(self, sequence_id: str) -> None:
+        row = self._rows.pop(sequence_id, None)
+        if row is not None:
+            self._free.append(row.index)
+
+    def _write(
+        self,
+        row: Row,
+        first: int,
+        block_ids: Sequence[int],
+        places: list[int],
+        values: list[int],
+    ) -> None:
+        # A run of blocks may be longer than any context: what lies beyond is never read.
+        room = self._limits.max_num_blocks
+        start = row.index * room
+        places += range(start + first, start + min(first + len(block_ids), room))
+        values += block_ids[: max(0, room - first)]

@@ -1,4 +1,4 @@
-"""Applies each row's own sampling options to the step's logits, in the documented order.
+"""What some rows ask for around the draw, in the documented order: steps on logits, and reports.
 
 Knows rows and tensors; no models. A step that no row asked for costs nothing.
 """
@@ -6,7 +6,6 @@ Knows rows and tensors; no models. A step that no row asked for costs nothing.
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,29 +16,27 @@ from octavo.runner.rows import Row
 Rows = Sequence[Row]
 
 
-class Draw(NamedTuple):
-    """A row's next token. Where its logits were not finite, the token means nothing."""
+class Drawn(NamedTuple):
+    """The next token of each of S rows; negative where its logits were not finite."""
 
-    token_id: int
-    logprobs: TokenLogprobs | None
-    is_finite: bool
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None
 
 
-def sample(logits: Tensor, rows: Rows) -> list[Draw]:
-    """logits [S, V] fp32, one row for each of `rows` -> their next tokens, in the same order."""
+def sample(logits: Tensor, rows: Rows, draw: Callable[[Tensor], Tensor]) -> Drawn:
+    """logits [S, V], one row for each of `rows` -> their next tokens, in the same order.
+
+    `draw` takes logits, fp32 here, to token ids [S].
+    """
+    logits = logits.float()
     wants_logprobs = any(row.num_logprobs is not None for row in rows)
     raw = logits.clone() if wants_logprobs else logits
     for step in (add_biases_and_masks, add_penalties):
         step(logits, rows)
-    best, token_ids = logits.max(-1)
-    finite = best.isfinite()
-    drawing = [i for i, row in enumerate(rows) if not row.sampling.greedy]
-    if drawing:
-        index = torch.tensor(drawing, device=logits.device)
-        chosen = [rows[i] for i in drawing]
-        token_ids[index] = draw_tokens(logits[index], chosen)
-    logprobs = report_logprobs(raw, token_ids, rows) if wants_logprobs else [None] * len(rows)
-    return [Draw(*row) for row in zip(token_ids.tolist(), logprobs, finite.tolist(), strict=True)]
+    token_ids = draw(logits)
+    if not wants_logprobs:
+        return Drawn(token_ids.tolist())
+    return Drawn(token_ids.tolist(), report_logprobs(raw, token_ids.clamp(min=0), rows))
 
 
 def add_biases_and_masks(logits: Tensor, rows: Rows) -> None:
@@ -52,7 +49,7 @@ def add_biases_and_masks(logits: Tensor, rows: Rows) -> None:
             )
         if row.sampling.logit_bias:
             entries += [(i, token_id, bias) for token_id, bias in row.sampling.logit_bias.items()]
-        if len(row.token_ids) < row.min_num_tokens:
+        if row.num_tokens < row.min_num_tokens:
             entries += [(i, token_id, sampling.NEGATIVE_INFINITY) for token_id in row.stop_ids]
     if entries:
         row_index, token_ids, bias = zip(*entries, strict=True)
@@ -78,26 +75,6 @@ def add_penalties(logits: Tensor, rows: Rows) -> None:
                 frequency=options.frequency_penalty,
                 repetition=options.repetition_penalty,
             )
-
-
-def draw_tokens(logits: Tensor, rows: Rows) -> Tensor:
-    """logits [S, V] of rows with a temperature -> token ids [S]."""
-
-    def column(value: Callable[[Row], float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor([value(row) for row in rows], dtype=dtype, device=logits.device)
-
-    logits = sampling.scale_by_temperature(logits, column(lambda row: row.sampling.temperature))
-    if any(row.sampling.top_k > 0 for row in rows):
-        logits = sampling.mask_top_k(logits, column(lambda row: row.sampling.top_k, torch.int64))
-    if any(row.sampling.top_p < 1.0 for row in rows):
-        logits = sampling.mask_top_p(logits, column(lambda row: row.sampling.top_p))
-    if any(row.sampling.min_p > 0.0 for row in rows):
-        logits = sampling.mask_min_p(logits, column(lambda row: row.sampling.min_p))
-    uniform = sampling.philox_uniform(
-        np.array([row.seed for row in rows], dtype=np.int64),
-        np.array([len(row.token_ids) for row in rows], dtype=np.int64),
-    )
-    return sampling.draw(logits, torch.from_numpy(uniform).to(logits.device))
 
 
 def report_logprobs(logits: Tensor, token_ids: Tensor, rows: Rows) -> list[TokenLogprobs | None]:

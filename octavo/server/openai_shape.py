@@ -58,6 +58,7 @@ class ShapeOptions:
     with_logprobs: bool
     return_token_ids: bool
     include_usage: bool
+    has_text: bool = True  # without a tokenizer, each token is a chunk of its own, its text empty
 
 
 def sse(payload: Any) -> bytes:
@@ -102,13 +103,14 @@ class Shape(ABC):
         return b"".join([self._frame(index, delta) for index, delta in batch])
 
     def _frame(self, index: int, delta: TextDelta) -> bytes:
+        silent = not delta.text and (self.options.has_text or not delta.token_ids)
         if self._plain and delta.finish_reason is None:  # nearly all: only the text differs
-            if not delta.text:
+            if silent:
                 return b""
             head, tail = self._templates.get(index) or self._template(index)
             return head + orjson.dumps(delta.text) + tail
         frame = b""
-        if delta.text or (delta.token_ids and not self._plain):
+        if not silent or (delta.token_ids and not self._plain):
             piece = Piece.joined([delta])
             piece.finish_reason = piece.stop_reason = None
             frame = sse(self.chunk(self.chunk_choice(index, piece)))

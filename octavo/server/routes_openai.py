@@ -132,9 +132,12 @@ class OpenAIRoutes:
         if len(prompts) * sampling.n > limits.max_choices:
             message = f"prompts times n must be at most {limits.max_choices}"
             raise bad_request(message, param="n")
-        max_model_len = self._state.engine.model.max_model_len
+        served = self._state.engine.model
+        if sampling.logprobs is not None and not served.has_text:
+            message = "logprobs spell tokens, and no tokenizer is loaded (skip_tokenizer_init)"
+            raise bad_request(message, param="logprobs")
         for prompt in prompts:
-            resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, max_model_len)
+            resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, served.max_model_len)
         return ShapeOptions(
             model=model,
             prompts=prompts,
@@ -142,6 +145,7 @@ class OpenAIRoutes:
             with_logprobs=sampling.logprobs is not None,
             return_token_ids=bool(fields.return_token_ids),
             include_usage=fields.include_usage,
+            has_text=served.has_text,
         )
 
     def _logprob_shaper(self) -> LogprobShaper:

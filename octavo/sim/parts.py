@@ -4,13 +4,11 @@
 """
 
 from collections.abc import Callable
-from concurrent.futures import Executor as Launcher
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
 
 from octavo import scheduler
-from octavo.core import Clock, Executor
+from octavo.core import Clock, Executor, Launch, PendingResult, StepPlan, StepResult
 from octavo.engine import EngineCore
 from octavo.scheduler import Scheduler, SchedulerSettings
 from octavo.sim.fake_executor import FakeExecutor
@@ -62,26 +60,28 @@ class EngineSetup:
         return self.policy == "fcfs" and self.batching == "chunked"
 
 
-class InlineLauncher(Launcher):
-    """Runs background work in the caller's thread, now or when it is waited for: no races.
+class InlineLauncher:
+    """Runs launched steps in the caller's thread, now or when they are waited for: no races.
 
-    Stands in for the thread that runs steps beside the scheduler; work is done in order.
+    Stands in for the device that works beside the scheduler; steps are done in order.
     """
 
-    def __init__(self, *, eager: bool):
+    def __init__(self, executor: Executor, *, eager: bool):
+        self._executor = executor
         self._eager = eager
 
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        future = _InlineFuture(lambda: fn(*args, **kwargs))
+    def launch(self, plan: StepPlan) -> PendingResult:
+        """Begin a step."""
+        future = _InlineFuture(lambda: self._executor.execute(plan))
         if self._eager:
             future.run()
         return future
 
 
-class _InlineFuture(Future[Any]):
+class _InlineFuture(Future[StepResult]):
     """Work that is done at the latest when somebody waits for it."""
 
-    def __init__(self, work: Callable[[], Any]):
+    def __init__(self, work: Callable[[], StepResult]):
         super().__init__()
         self._work = work
 
@@ -91,15 +91,10 @@ class _InlineFuture(Future[Any]):
         except Exception as error:
             self.set_exception(error)
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | None = None) -> StepResult:
         if not self.done():
             self.run()
         return super().result(timeout)
-
-    def exception(self, timeout: float | None = None) -> BaseException | None:
-        if not self.done():
-            self.run()
-        return super().exception(timeout)
 
 
 def create_allocator(setup: EngineSetup) -> SqueezableAllocator:
@@ -148,14 +143,16 @@ def create_executor(setup: EngineSetup) -> FakeExecutor:
     )
 
 
+def create_launch(executor: Executor, setup: EngineSetup) -> Launch | None:
+    """How steps are begun ahead of their results, where they are."""
+    if not setup.asynchronous:
+        return None
+    return InlineLauncher(executor, eager=setup.eager).launch
+
+
 def create_core(scheduler: Scheduler, executor: Executor, setup: EngineSetup) -> EngineCore:
     """The loop under test."""
-    return EngineCore(
-        scheduler,
-        executor,
-        asynchronous=setup.asynchronous,
-        launcher=InlineLauncher(eager=setup.eager),
-    )
+    return EngineCore(scheduler, executor, launch=create_launch(executor, setup))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

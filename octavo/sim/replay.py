@@ -8,15 +8,14 @@ in nothing but speed. Knows no tensors.
 
 import dataclasses
 from array import array
-from collections.abc import Callable
-from concurrent.futures import Executor as Launcher
-from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from octavo.config import option
 from octavo.core import (
     Clock,
+    Launch,
+    PendingResult,
     Request,
     RequestEvent,
     RequestOptions,
@@ -98,7 +97,7 @@ class Machine(Protocol):
         """What time it is."""
         ...
 
-    def start(self, setup: ReplaySetup) -> tuple[StepExecutor, Launcher | None]:
+    def start(self, setup: ReplaySetup) -> tuple[StepExecutor, Launch | None]:
         """An executor with an empty KV memory, and who launches its steps where they run ahead."""
         ...
 
@@ -130,31 +129,22 @@ class SimulatedExecutor:
         sampled = [SampledTokens(s.sequence_id, (0,)) for s in plan.scheduled if s.samples]
         return StepResult(plan.step, tuple(sampled))
 
-
-class _VirtualLauncher(Launcher):
-    """Launches steps on a simulated device; whoever reads a result waits until it is there."""
-
-    def __init__(self, executor: SimulatedExecutor, clock: VirtualClock):
-        self._executor = executor
-        self._clock = clock
-
-    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
-        result = fn(*args, **kwargs)
-        return _Landing(result, self._executor.done_s, self._clock)
+    def launch(self, plan: StepPlan) -> PendingResult:
+        """Begin a step; whoever reads its result waits until it is there."""
+        return _Landing(self.execute(plan), self.done_s, self._clock)
 
 
-class _Landing(Future[Any]):
+class _Landing:
     """The result of a launched step, to be had when its time has come."""
 
-    def __init__(self, result: Any, done_s: float, clock: VirtualClock):
-        super().__init__()
+    def __init__(self, result: StepResult, done_s: float, clock: VirtualClock):
+        self._result = result
         self._done_s = done_s
         self._clock = clock
-        self.set_result(result)
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self) -> StepResult:
         self._clock.advance(max(0.0, self._done_s - self._clock.now()))
-        return super().result(timeout)
+        return self._result
 
 
 class SimulatedMachine:
@@ -165,11 +155,10 @@ class SimulatedMachine:
         self.times = times
         self.vocab_size = times.recorded.vocab_size
 
-    def start(self, setup: ReplaySetup) -> tuple[StepExecutor, Launcher | None]:
+    def start(self, setup: ReplaySetup) -> tuple[StepExecutor, Launch | None]:
         executor = SimulatedExecutor(self.times, self.clock, asynchronous=setup.async_scheduling)
         executor.done_s = self.clock.now()
-        launcher = _VirtualLauncher(executor, self.clock) if setup.async_scheduling else None
-        return executor, launcher
+        return executor, executor.launch if setup.async_scheduling else None
 
     def wait(self, seconds: float) -> None:
         self.clock.advance(seconds)
@@ -239,12 +228,11 @@ class _Replayer:
     def __init__(self, workload: Workload, setup: ReplaySetup, machine: Machine):
         self._machine = machine
         self._setup = setup
-        self._executor, launcher = machine.start(setup)
+        self._executor, launch = machine.start(setup)
         self._core = EngineCore(
             _replayed_scheduler(setup, machine.clock),
             self._executor,
-            asynchronous=setup.async_scheduling,
-            launcher=launcher,
+            launch=launch,
         )
         self._clients = [Client(request) for request in workload.requests]
         # Made beforehand: a client's work is not the engine's time.

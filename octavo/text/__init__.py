@@ -2,7 +2,8 @@
 
 from octavo.text.detokenizer import IncrementalDetokenizer
 from octavo.text.interface import Tokenizer
+from octavo.text.no_tokenizer import NoTokenizer
 from octavo.text.stop_strings import StopStrings
 from octavo.text.tokenizer import load_tokenizer
 
-__all__ = ["IncrementalDetokenizer", "StopStrings", "Tokenizer", "load_tokenizer"]
+__all__ = ["IncrementalDetokenizer", "NoTokenizer", "StopStrings", "Tokenizer", "load_tokenizer"]

@@ -49,7 +49,8 @@ def test_the_parts_sum_to_the_device(model, tmp_path):
     flags = ["--device", "a100-80gb", "--lengths", "400+112:0.5,1500+548:0.5"]
     assert main(["plan", model, *flags, "--json", str(target)]) == 0
     plan = json.loads(target.read_text())
-    parts = [plan["weight_bytes"], plan["activation_bytes"], plan["kv_cache_bytes"]]
+    names = ("weight_bytes", "activation_bytes", "row_bytes", "graph_bytes", "kv_cache_bytes")
+    parts = [plan[name] for name in names]
     budget = plan["budget"]
     assert sum(parts) + budget["others_bytes"] + plan["unused_bytes"] == budget["total_bytes"]
     assert plan["num_parameters"] == 8_030_261_248
@@ -126,6 +127,6 @@ def test_a_plan_imports_no_torch(model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_check_runs_the_model_and_agrees(dtype, capsys):
     assert main(["plan", "--check", "--device", "cpu", "--dtype", dtype]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-4:]]
-    assert [row[0] for row in rows] == ["weights", "activations", "KV", "total"]
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
+    assert [row[0] for row in rows] == ["weights", "activations", "rows", "KV", "total"]
     assert all(abs(float(row[-1].rstrip("%"))) < 5 for row in rows)

@@ -7,7 +7,7 @@ from checkpoint_files import HF_CONFIG
 
 from octavo.config import DeviceFacts, EngineOptions, ModelConfig, resolve
 from octavo.config.capacity import LengthClass, Pool, mix_capacity, parse_lengths
-from octavo.config.memory_plan import COMPILED_OPS, plan_memory
+from octavo.config.memory_plan import COMPILED_OPS, expected_ops, plan_memory
 from octavo.config.planned_devices import (
     CUDA_CONTEXT_BYTES,
     KNOWN_GPUS,
@@ -16,7 +16,15 @@ from octavo.config.planned_devices import (
     planned_device,
 )
 from octavo.errors import ConfigError
-from octavo.kernels import LINEAR, PAGED_ATTENTION, RMS_NORM, ROTARY_KV_WRITE, SILU_MUL
+from octavo.kernels import (
+    LINEAR,
+    PAGED_ATTENTION,
+    QK_NORM_ROTARY_KV_WRITE,
+    RMS_NORM,
+    ROTARY_KV_WRITE,
+    SAMPLE_TOKENS,
+    SILU_MUL,
+)
 
 GIB, MIB = 2**30, 2**20
 LLAMA_8B = {
@@ -35,9 +43,30 @@ LLAMA_8B = {
 }
 
 
-def plan_of(model, device="cpu-64gib", memory_gib=None, compiled=None, **options):
+QWEN3_0_6B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rope_theta": 1000000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 151936,
+}
+
+
+def resolved(model, device="cpu-64gib", memory_gib=None, **options):
     facts, major = planned_device(device, memory_gib)
     config = resolve(EngineOptions.from_flat("model", options), ModelConfig.from_hf(model), facts)
+    return config, facts, major
+
+
+def plan_of(model, device="cpu-64gib", memory_gib=None, compiled=None, **options):
+    config, facts, major = resolved(model, device, memory_gib, **options)
     budget = device_budget(facts, major=major, utilization=config.gpu_memory_utilization)
     return plan_memory(config, budget, compiled=compiled)
 
@@ -65,7 +94,7 @@ def test_every_byte_of_a_tiny_model():
     assert found == {
         "attention": 20 * 4 * (2 * 32 + 32 + 64 + 32 + 32),
         "MLP": 20 * 4 * (2 * 32 + 32 + 128 + 64),
-        "draw": 20 * 4 * 32 + 5 * 64 * (4 + 4 + 8 + 8),
+        "draw": 5 * 4 * 32 + 5 * 64 * (4 + 4 + 8 + 8),
     }
     assert plan.peak.name == "MLP" and plan.activation_bytes == 20 * 4 * 288
 
@@ -90,17 +119,45 @@ def test_the_published_sizes_of_llama_3_1_8b():
     assert plan.num_parameters == 8_030_261_248
     assert plan.kv_bytes_per_token == 131_072
     assert plan.weight_bytes == 2 * 8_030_261_248 + 131_072 * 128 * 4
+    [draw] = [moment for moment in plan.moments if moment.name == "draw"]
+    assert draw.num_bytes == 512 * 2 * (4096 + 128256)  # the draw itself is one kernel
     # 8,192 tokens in bfloat16: the stream three times, gate, up and their product.
     assert plan.peak.name == "MLP"
     assert plan.peak.num_bytes == 8192 * 2 * (3 * 4096 + 3 * 14336)
     assert plan.activation_bytes == plan.peak.num_bytes + 32 * MIB
 
 
+def test_the_published_sizes_of_qwen3_0_6b():
+    plan = plan_of(QWEN3_0_6B, "h100-80gb")
+    assert plan.num_parameters == 596_049_920
+    assert plan.num_parameters - 151_936 * 1024 == 440_467_456  # without the embedding
+    assert bytes_by_kind(plan)["norms"] == 2 * (57 * 1024 + 28 * 2 * 128)
+    assert plan.kv_bytes_per_token == 112 * 1024
+    assert "norm of the heads" not in {moment.name for moment in plan.moments}
+    on_cpu = {moment.name: moment for moment in plan_of(QWEN3_0_6B).moments}
+    held = 2 * 1024 + 1024 + (16 + 8 + 8) * 128  # residual and input, normed, qkv
+    assert on_cpu["norm of the heads"].num_bytes == 1024 * 2 * (held + 2 * 16 * 128)
+
+
+@pytest.mark.parametrize("device", ["cpu-64gib", "h100-80gb"])
+def test_a_model_is_expected_to_run_its_own_ops_only(device):
+    llama, _, _ = resolved(LLAMA_8B, device)
+    qwen3, _, _ = resolved(QWEN3_0_6B, device)
+    assert expected_ops(llama) ^ expected_ops(qwen3) == {
+        "rotary_kv_write",
+        "qk_norm_rotary_kv_write",
+    }
+    assert "rotary_kv_write" in expected_ops(llama)
+
+
 def test_the_kv_cache_of_a_gpu_is_what_is_left_of_its_share():
     plan = plan_of(LLAMA_8B, "h100-80gb", gpu_memory_utilization=0.5)
     others = CUDA_CONTEXT_BYTES + LOADED_KERNELS_BYTES
     left = KNOWN_GPUS["h100-80gb"].total_bytes // 2 - others
-    assert plan.kv_cache_bytes == left - plan.weight_bytes - plan.activation_bytes
+    taken = plan.weight_bytes + plan.activation_bytes + plan.row_bytes + plan.graph_bytes
+    assert plan.kv_cache_bytes == left - taken and plan.graph_bytes == plan.peak.num_bytes
+    eager = plan_of(LLAMA_8B, "h100-80gb", gpu_memory_utilization=0.5, enforce_eager=True)
+    assert eager.kv_cache_bytes == plan.kv_cache_bytes + plan.graph_bytes
     assert plan.num_blocks == plan.kv_cache_bytes // (16 * 131_072)
     assert plan.largest_context == 131_072 < plan.num_kv_tokens
     assert plan.missing_bytes == 0
@@ -113,10 +170,11 @@ def test_the_kv_cache_of_a_gpu_is_what_is_left_of_its_share():
 def test_what_is_missing_is_said():
     on_gpu = plan_of(LLAMA_8B, "cuda", memory_gib=16)
     taken = on_gpu.weight_bytes + on_gpu.activation_bytes + on_gpu.budget.others_bytes
+    taken += on_gpu.row_bytes + on_gpu.graph_bytes
     assert on_gpu.missing_bytes == taken - int(0.9 * 16 * GIB)
     assert (on_gpu.num_blocks, on_gpu.largest_context) == (0, 0)
     on_cpu = plan_of(LLAMA_8B, "cpu-16gib")
-    taken = on_cpu.weight_bytes + on_cpu.activation_bytes + 2**30
+    taken = on_cpu.weight_bytes + on_cpu.activation_bytes + on_cpu.row_bytes + 2**30
     assert on_cpu.missing_bytes == taken - 16 * GIB
 
 
@@ -141,7 +199,8 @@ def test_references_hold_more_than_compiled_ops():
 
 
 def test_the_table_of_compiled_ops_is_what_the_kernels_register():
-    ops = (LINEAR, PAGED_ATTENTION, RMS_NORM, ROTARY_KV_WRITE, SILU_MUL)
+    in_layers = (LINEAR, PAGED_ATTENTION, RMS_NORM, ROTARY_KV_WRITE, QK_NORM_ROTARY_KV_WRITE)
+    ops = (*in_layers, SILU_MUL, SAMPLE_TOKENS)
     for device, implementation in (("cpu", "native"), ("cuda", "triton")):
         registered = {op.name for op in ops if implementation in op.names()}
         assert COMPILED_OPS[device] == registered

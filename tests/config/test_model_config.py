@@ -36,6 +36,7 @@ def test_all_fields():
         tie_word_embeddings=False,
         attention_bias=False,
         mlp_bias=False,
+        qk_norm=False,
         dtype="float32",
         bos_token_id=1,
         eos_token_ids=(2,),
@@ -82,6 +83,94 @@ def test_eos_ids_of_both_configs():
     assert ModelConfig.from_hf(config, {"eos_token_id": 7}).eos_token_ids == (2, 3, 7)
     with pytest.raises(CheckpointError, match="generation_config: eos_token_id"):
         ModelConfig.from_hf(config, {"eos_token_id": 64})
+
+
+QWEN3_0_6B = {  # as it was published, with transformers 4.51
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 1024,
+    "initializer_range": 0.02,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 28,
+    "model_type": "qwen3",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.51.0",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+QWEN3_GENERATION = {
+    "bos_token_id": 151643,
+    "do_sample": True,
+    "eos_token_id": [151645, 151643],
+    "pad_token_id": 151643,
+    "temperature": 0.6,
+    "top_k": 20,
+    "top_p": 0.95,
+    "transformers_version": "4.51.0",
+}
+
+
+def test_qwen3_as_it_was_published():
+    assert ModelConfig.from_hf(QWEN3_0_6B, QWEN3_GENERATION) == ModelConfig(
+        architecture="qwen3",
+        vocab_size=151936,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_layers=28,
+        num_heads=16,
+        num_kv_heads=8,
+        head_dim=128,
+        rms_norm_eps=1e-6,
+        rope_theta=1e6,
+        rope_scaling=None,
+        max_position_embeddings=40960,
+        tie_word_embeddings=True,
+        attention_bias=False,
+        mlp_bias=False,
+        qk_norm=True,
+        dtype="bfloat16",
+        bos_token_id=151643,
+        eos_token_ids=(151645, 151643),
+    )
+
+
+def test_qwen3_as_transformers_writes_and_reads_it(tmp_path):
+    from transformers import AutoConfig
+
+    published = AutoConfig.for_model(**QWEN3_0_6B)
+    published.save_pretrained(tmp_path)
+    written = ModelConfig.from_checkpoint(locate(str(tmp_path)))
+    assert written == ModelConfig.from_hf(QWEN3_0_6B)
+    # A config that leaves head_dim out means what transformers takes for it.
+    sparse = {key: QWEN3_0_6B[key] for key in QWEN3_0_6B if key != "head_dim"}
+    assert ModelConfig.from_hf(sparse).head_dim == AutoConfig.for_model(**sparse).head_dim == 128
+
+
+def test_windows_of_qwen3_count_only_where_they_are_switched_on():
+    ModelConfig.from_hf(QWEN3_0_6B | {"sliding_window": 4096})
+    ModelConfig.from_hf(QWEN3_0_6B | {"layer_types": ["full_attention"] * 28})
+    for changes, message in (
+        ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
+        ({"layer_types": ["full_attention", "sliding_attention"] * 14}, "layer_types=.*only 'full"),
+        ({"layer_types": "full_attention"}, "layer_types='full_attention'"),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message):
+            ModelConfig.from_hf(QWEN3_0_6B | changes)
 
 
 @pytest.mark.parametrize(
@@ -168,6 +257,14 @@ def test_gguf_config_reads_as_the_same_model(tmp_path):
 def test_gguf_of_another_architecture_is_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", {}, {}, architecture="gemma2")
     with pytest.raises(UnsupportedModelError, match="gemma2"):
+        ModelConfig.from_checkpoint(locate(str(path)))
+
+
+def test_gguf_of_an_architecture_that_is_read_from_safetensors_only(tmp_path):
+    metadata = {key.replace("llama.", "qwen3."): value for key, value in GGUF_METADATA.items()}
+    embedding = {"token_embd.weight": tensors_of()["model.embed_tokens.weight"].numpy()}
+    path = write_gguf(tmp_path / "tiny.gguf", metadata, embedding, architecture="qwen3")
+    with pytest.raises(UnsupportedModelError, match="'qwen3' are not supported, only of llama"):
         ModelConfig.from_checkpoint(locate(str(path)))
 
 

@@ -61,11 +61,13 @@ def test_nothing_but_the_planned_weights_and_kv_stays_alive(tmp_path, dtype, tie
     )
     before = bytes_of_all_tensors()
     engine = build(model, dtype=dtype)
-    weights, _, kv_cache = engine.memory.lines
+    weights, _, rows, kv_cache = engine.memory.lines
     assert weights.planned_bytes == weights.measured_bytes
+    assert abs(rows.error) < 0.001
     assert kv_cache.planned_bytes == kv_cache.measured_bytes
     # Plain weights are gone once they are packed: the process holds what the engine leads to.
-    assert bytes_of_all_tensors() - before == weights.measured_bytes + kv_cache.measured_bytes
+    held = weights.measured_bytes + rows.measured_bytes + kv_cache.measured_bytes
+    assert bytes_of_all_tensors() - before == held
 
 
 SMALL_MLP = {"intermediate_size": 16}
@@ -138,14 +140,14 @@ def test_a_plan_that_does_not_hold_is_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="octavo.engine"):
         meter = MemoryMeter(engine.config, facts)
         meter.weights_are_laid_out([])  # a model without weights
-        report = meter.report([])
+        report = meter.report()
     assert report.largest_error == 0.0  # nothing measured: nothing to compare
     assert [record.levelname for record in caplog.records] == ["INFO"]
     caplog.clear()
     with caplog.at_level(logging.INFO, logger="octavo.engine"):
         meter = MemoryMeter(engine.config, facts)
         meter.weights_are_laid_out([torch.zeros(5)])
-        meter.report([])
+        meter.report()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 

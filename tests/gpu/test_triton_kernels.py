@@ -25,6 +25,8 @@ from octavo.kernels import (
     DrawOptions,
 )
 
+triton_decode_attention = pytest.importorskip("octavo.kernels.triton_decode_attention")
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
@@ -275,22 +277,71 @@ def test_draws_follow_the_distribution():
     assert ((counts - expected) ** 2 / expected).sum() < 96
 
 
-def test_a_decode_step_can_be_captured_in_a_graph():
-    """Lengths are read on the device: replayed after a token, the same graph sees the next one."""
-    attention = chosen(PAGED_ATTENTION, head_dim=64)
-    pages = Pages([(1, 300), (1, 900)], 4, 2, 64, torch.bfloat16, device="cuda")
-    batch = pages.batch
-    lengths = batch.context_lens.clone()
-    static = AttentionBatch(batch.query_starts, lengths, batch.block_tables, 1, 4096)
-    attention(pages.query, pages.kv_cache, static, 0.125)
+DECODES = [
+    [(1, 300), (1, 900)],
+    [(0, 1)],
+    [(1, 60 * b + 1) for b in range(32)],
+    [(1, 20_000)],
+    [(1, 1)] * 31,
+]
+MIXES = [
+    [(1, 200)] * 100 + [(300, 700)],
+    [(1000, 1000)],
+    [(1, 20_000)],
+    [(3, 500), (2, 77), (900, 900), (1, 5000)],
+    [(1, 100)] * 256,
+]
+
+
+@pytest.mark.parametrize(
+    ("batches", "num_sequences", "num_tokens", "longest"),
+    [(DECODES, 32, 32, 1), (MIXES, 256, 1024, 1024)],
+    ids=["decodes", "mixed"],
+)
+@pytest.mark.parametrize("heads", [32, 16])
+def test_a_graph_captured_at_bounds_serves_smaller_batches(
+    batches, num_sequences, num_tokens, longest, heads
+):
+    """Lengths are read on the device, and what a replay counts with is left as it was found."""
+    attention = chosen(PAGED_ATTENTION, head_dim=128)
+    starts, lengths = (torch.zeros(num_sequences + more).int().cuda() for more in (1, 0))
+    tables = torch.zeros(num_sequences, 8192).int().cuda()
+    static = AttentionBatch(starts, lengths, tables, longest, 131_072)
+    query = torch.zeros(num_tokens, heads, 128, device="cuda").bfloat16()
+    cache = torch.zeros(2, 3000, 8, 16, 128, device="cuda").bfloat16()
+    attention(query, cache, static, 0.1)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention(pages.query, pages.kv_cache, static, 0.125)
-    for shorter in (0, 1, 250):
-        lengths.copy_(batch.context_lens - shorter)
+        attention(query, cache, static, 0.1)  # one layer after the other
+        out = attention(query, cache, static, 0.1)
+    for lengths_of in [*batches, batches[0]]:
+        pages = Pages(lengths_of, heads, 8, 128, torch.bfloat16, device="cuda")
+        batch, count, real = pages.batch, len(pages.query), len(lengths_of)
+        starts.fill_(count)[: real + 1] = batch.query_starts
+        lengths.zero_()[:real] = batch.context_lens
+        tables.fill_(2**30)[:real, : batch.block_tables.shape[1]] = batch.block_tables
+        cache.fill_(float("nan"))[:, : pages.kv_cache.shape[1]] = pages.kv_cache
+        query.fill_(float("nan"))[:count] = pages.query
+        out.fill_(float("nan"))
         graph.replay()
-        now = AttentionBatch(batch.query_starts, lengths, batch.block_tables, 1, 900)
-        close(
-            out, PAGED_ATTENTION.reference(pages.query.float(), pages.kv_cache.float(), now, 0.125)
-        )
+        assert not out[count:].any(), "tokens of no sequence get zeros"
+        if count:
+            close(out[:count], pages.expected(0.1))
+            alone = attention(pages.query, pages.kv_cache, batch, 0.1)
+            assert torch.equal(out[:count], alone), f"{real} sequences"
+
+
+def test_who_adds_the_parts_changes_no_bit(monkeypatch):
+    """From tiles of 64 tokens to whole contexts, as one program's work."""
+    attention = chosen(PAGED_ATTENTION, head_dim=128)
+    for heads in (32, 16):
+        lengths = [(1, 20_000), (1, 3000), (1, 640), (2, 8193), (1, 40_000)]
+        pages = Pages(lengths, heads, 8, 128, torch.bfloat16, device="cuda")
+        results = []
+        for fill, part_bytes in ((1e3, 1 << 30), (6, 1 << 30), (0.5, 1 << 30), (0, 0)):
+            monkeypatch.setattr(triton_decode_attention, "ENOUGH_PER_MULTIPROCESSOR", fill)
+            monkeypatch.setattr(triton_decode_attention, "PART_BYTES", part_bytes)
+            results.append(attention(pages.query, pages.kv_cache, pages.batch, 0.1))
+        close(results[0], pages.expected(0.1))
+        assert all(torch.equal(result, results[0]) for result in results)

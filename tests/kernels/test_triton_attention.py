@@ -12,8 +12,11 @@ from kernels.pages import Pages
 pytest.importorskip("triton")
 
 from octavo.kernels import PAGED_ATTENTION, AttentionBatch, Case
-from octavo.kernels import triton_paged_attention as module
-from octavo.kernels.triton_paged_attention import triton_paged_attention
+from octavo.kernels import triton_decode_attention as module
+from octavo.kernels.triton_paged_attention import (
+    triton_invariant_paged_attention,
+    triton_paged_attention,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -24,8 +27,11 @@ HEADS = [(6, 2, 64), (2, 2, 80), (5, 1, 128), (1, 1, 256), (20, 1, 24)]
 @pytest.fixture(autouse=True)
 def _short_splits(monkeypatch):
     """So that contexts of a few hundred tokens have several parts, of more than one length."""
-    monkeypatch.setattr(module, "SPLIT_LEN", 32)
-    monkeypatch.setattr(module, "MAX_SPLITS", 4)
+    monkeypatch.setattr(module, "SPLIT_LEN", 256)
+    monkeypatch.setattr(module, "MAX_SPLITS", 2)
+    yield
+    for arrivals in module._arrivals_of.values():
+        assert not arrivals.any(), "what a launch counts with is zero again after it"
 
 
 def check(pages: Pages, scale: float, tolerance: float | None = None) -> None:
@@ -98,6 +104,96 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
     pages = Pages(MIXED, 6, 2, 64, torch.float32, device=DEVICE)
     together = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.2)
     assert torch.equal(together, torch.cat(one_by_one(pages)))
+
+
+def test_the_invariant_one_gives_a_query_the_same_bits_however_its_prompt_is_cut(poisoned):
+    pages = Pages([(150, 150)], 6, 2, 64, torch.float32, device=DEVICE)
+    whole = triton_invariant_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.2)
+    torch.testing.assert_close(whole.float(), pages.expected(0.2), rtol=1e-5, atol=1e-5)
+    for cuts in ([0, 1, 2, 50, 51, 150], [0, 140, 145, 149, 150]):
+        pieces = []
+        for first, stop in zip(cuts, cuts[1:], strict=False):
+            piece = AttentionBatch(
+                torch.tensor([0, stop - first], dtype=torch.int32, device=DEVICE),
+                torch.tensor([stop], dtype=torch.int32, device=DEVICE),
+                pages.batch.block_tables,
+                stop - first,
+                stop,
+            )
+            query = pages.query[first:stop]
+            pieces.append(triton_invariant_paged_attention(query, pages.kv_cache, piece, 0.2))
+        # The interpreter's products round by where a row stands in its tile; a GPU's do not.
+        tolerance = 0 if DEVICE == "cuda" else 1e-5
+        torch.testing.assert_close(torch.cat(pieces), whole, rtol=0, atol=tolerance)
+
+
+GRAINS = {  # multiprocessor's fill, bytes of parts
+    "tiles": (20, 1 << 25),
+    "chunks": (4, 1 << 25),
+    "splits": (0.5, 1 << 25),
+    "whole contexts": (0, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_who_adds_the_parts_changes_no_bit(poisoned, monkeypatch, dtype):
+    """And whether there is enough to do depends on the batch and on the GPU."""
+    lengths = [(1, 700), (2, 2), (1, 256), (0, 0), (1, 1100), (2, 65), (1, 450)]
+    pages = Pages(lengths, 3, 1, 64, dtype, device=DEVICE)
+    results = []
+    for fill, part_bytes in GRAINS.values():
+        monkeypatch.setattr(module, "ENOUGH_PER_MULTIPROCESSOR", fill)
+        monkeypatch.setattr(module, "PART_BYTES", part_bytes)
+        check(pages, 0.125)
+        results.append(triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.125))
+    for grain, result in zip(GRAINS, results, strict=True):
+        assert torch.equal(result, results[0]), grain
+
+
+def at_bounds(pages: Pages, num_sequences: int, num_tokens: int, longest: int) -> AttentionBatch:
+    """The batch as a CUDA graph has it: padded with sequences without queries, lengths unknown."""
+    batch = pages.batch
+    starts = torch.full((num_sequences + 1,), int(batch.query_starts[-1]))
+    starts[: len(batch.query_starts)] = batch.query_starts
+    lengths = torch.zeros(num_sequences)
+    lengths[: len(batch.context_lens)] = batch.context_lens
+    tables = torch.full((num_sequences, 8192), 2**30)
+    tables[: len(batch.block_tables), : batch.block_tables.shape[1]] = batch.block_tables
+    return AttentionBatch(
+        *(t.int().to(DEVICE) for t in (starts, lengths, tables)), longest, 131_072
+    )
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_sequences", "num_tokens", "longest"),
+    [
+        ([(1, 40), (1, 300), (1, 1)], 24, 24, 1),
+        ([], 2, 2, 1),
+        (MIXED, 150, 128, 128),
+        ([(1, 70)], 64, 128, 128),
+        ([(100, 150)], 64, 128, 128),
+        ([(40, 40)] * 3, 3, 120, 120),
+    ],
+    ids=["decodes", "none", "mixed", "one decode", "one chunk", "full"],
+)
+def test_bounds_above_the_batch(poisoned, lengths, num_sequences, num_tokens, longest):
+    pages = Pages(lengths or [(0, 1)], 6, 2, 64, torch.float32, device=DEVICE)
+    batch = at_bounds(pages, num_sequences, num_tokens, longest)
+    count = len(pages.query)
+    query = torch.full((num_tokens, 6, 64), float("nan"), device=DEVICE)
+    query[:count] = pages.query
+    ours = triton_paged_attention(query, pages.kv_cache, batch, 0.125)
+    torch.testing.assert_close(ours[:count], pages.expected(0.125), rtol=1e-5, atol=1e-5)
+    assert not ours[count:].any(), "tokens of no sequence get zeros"
+    within = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.125)
+    assert torch.equal(ours[:count], within)
+
+
+def test_more_items_than_programs_and_more_sequences_than_are_counted_at_once(poisoned):
+    lengths = [(i % 4, 1 + 13 * i % 90) for i in range(150)]
+    lengths = [(count, max(count, context)) for count, context in lengths]
+    pages = Pages(lengths, 2, 1, 16, torch.float32, device=DEVICE)
+    check(pages, 0.25)
 
 
 def test_it_refuses_what_it_would_misread():

@@ -87,6 +87,19 @@ def test_rows_with_options_of_their_own():
     check(normal(5, 600), wanted)
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 40, "top_p": 0.9, "min_p": 0.02}], ids=str)
+def test_half_precision_logits_draw_as_the_same_numbers_in_fp32(half, truncation):
+    """Rounded logits tie often, at the edges too. Rows are strided, as a padded head's are."""
+    logits = normal(6, 1000).to(half)[:, :700]
+    wanted = options(6, temperature=[0.0, 1.0, 0.7, 1.3, 0.0, 2.0], **truncation)
+    logits[4, [650, 13, 300]] = 30.0
+    ours, finite = triton_sample_tokens(logits, wanted)
+    assert finite.all() and ours[4] == 13
+    assert torch.equal(ours, triton_sample_tokens(logits.float(), wanted)[0])
+    assert torch.equal(ours, SAMPLE_TOKENS.reference(logits, wanted)[0])
+
+
 def test_ties_at_the_edge_are_kept():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, 0.0]]).expand(60, 5).contiguous().to(DEVICE)
     ours, _ = triton_sample_tokens(logits, options(60, top_k=2))

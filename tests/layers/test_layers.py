@@ -5,7 +5,7 @@ import torch
 
 from octavo.config import RopeScaling
 from octavo.errors import ConfigError
-from octavo.layers import Build, Linear, finish_layers
+from octavo.layers import Attention, Build, Linear, QKNorm, Rotary, finish_layers
 from octavo.layers.rotary import rotary_frequencies
 from octavo.parallel import ParallelGroup
 
@@ -91,3 +91,17 @@ def test_rotary_frequencies_are_those_of_transformers(scaling, parameters):
     torch.testing.assert_close(
         rotary_frequencies(128, 500000.0, scaling), expected, rtol=1e-6, atol=0
     )
+
+
+def test_attention_takes_the_op_that_does_all_of_its_write():
+    build = Build("cpu", torch.float32)
+    rotary, norm = Rotary(16, 8, build, theta=1e4), QKNorm(16, 1e-6, build)
+    for options, op in (
+        ({}, "kv_write"),
+        ({"rotary": rotary}, "rotary_kv_write"),
+        ({"rotary": rotary, "qk_norm": norm}, "qk_norm_rotary_kv_write"),
+    ):
+        choices = Attention(0, 4, 2, 16, build, **options).finish()
+        assert [choice.op for choice in choices] == [op, "paged_attention"]
+    with pytest.raises(ValueError, match="without a rotation"):
+        Attention(0, 4, 2, 16, build, qk_norm=norm)

@@ -6,12 +6,10 @@ from prompts import PROMPTS
 
 from octavo import LLM, SamplingParams
 from octavo.config import DEFAULT_MODEL, ModelConfig, locate
-from octavo.core import NewSequence, ScheduledTokens
+from octavo.kernels import AttentionBatch
 from octavo.layers import Build, StepContext, finish_layers, kv_specs
 from octavo.models import create_model
 from octavo.runner import allocate_kv_caches
-from octavo.runner.inputs import prepare_inputs
-from octavo.runner.rows import Row
 from octavo.weights import load_weights, read_tensors
 
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("default")]
@@ -77,13 +75,12 @@ def test_first_token_logits_are_within_a_thousandth(reference, prompts):
     )
     for prompt in prompts:
         ids = prompt["prompt_token_ids"]
-        sequence = NewSequence(
-            "s", tuple(ids), len(ids), 0, tuple(range(128)), GREEDY, 0, frozenset()
-        )
-        share = ScheduledTokens("s", len(ids), 128, (), True)
-        inputs = prepare_inputs((share,), [Row(sequence)], block_size=16, device="cpu")
-        context = StepContext(inputs.positions, inputs.slots, inputs.attention, caches)
-        logits = model.logits(model(inputs.token_ids, context)[-1:])[0]
+        positions = torch.arange(len(ids))  # and slots: the blocks lie in their order
+        starts = torch.tensor([0, len(ids)], dtype=torch.int32)
+        tables = torch.arange(128, dtype=torch.int32)[None]
+        attention = AttentionBatch(starts, starts[1:], tables, len(ids), len(ids))
+        context = StepContext(positions, positions, attention, caches)
+        logits = model.logits(model(torch.tensor(ids), context)[-1:])[0]
         expected = reference(torch.tensor([ids]), logits_to_keep=1).logits[0, 0]
         assert float((logits - expected).abs().max()) < 1e-3
 

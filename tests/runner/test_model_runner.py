@@ -7,7 +7,7 @@ import torch
 from helpers import create_core, create_request, create_scheduler, run_to_end, tokens_of
 
 from octavo.layers import kv_specs
-from octavo.runner import KVStorage, ModelRunner, allocate_kv_caches
+from octavo.runner import KVStorage, ModelRunner, StepLimits, allocate_kv_caches
 from octavo.testing.mock_model import MockModel, mock_next_token
 
 VOCAB_SIZE = 997
@@ -25,7 +25,8 @@ def create_runner(scheduler):
     )
     for cache in caches:
         cache.fill_(float("nan"))  # a slot that is read before it is written shows
-    return ModelRunner(model, KVStorage(caches), block_size=allocator.block_size, device="cpu")
+    limits = StepLimits(max_num_seqs=6, max_num_batched_tokens=30, max_model_len=256, block_size=4)
+    return ModelRunner(model, KVStorage(caches), limits, device="cpu")
 
 
 def expected_tokens(prompt, num_tokens):

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from octavo.core import NewSequence, SamplingParams
-from octavo.kernels import sampling
-from octavo.runner.rows import Row
+from octavo.kernels import SAMPLE_TOKENS, DrawOptions, sampling
+from octavo.runner.rows import OptionColumns, Row
 from octavo.runner.sampler import sample
+from octavo.runner.stages import NOT_FINITE
 
 VOCAB_SIZE = 5003
 
@@ -32,8 +33,30 @@ def random_logits(num_rows, seed=0):
     return torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(seed)) * 3
 
 
+def draws(logits, rows):
+    """As the runner draws: all columns of options, and the op."""
+    columns = OptionColumns(len(rows))
+    for index, one in enumerate(rows):
+        columns.set(index, one)
+    options = DrawOptions(
+        temperature=torch.from_numpy(columns.temperature),
+        top_k=torch.from_numpy(columns.top_k),
+        top_p=torch.from_numpy(columns.top_p),
+        min_p=torch.from_numpy(columns.min_p),
+        seeds=torch.from_numpy(columns.seeds),
+        positions=torch.tensor([one.num_tokens for one in rows]),
+        truncates=bool(columns.truncates.any()),
+    )
+
+    def draw(logits):
+        token_ids, is_finite = SAMPLE_TOKENS.reference(logits, options)
+        return token_ids.masked_fill(~is_finite, NOT_FINITE)
+
+    return sample(logits.clone(), rows, draw)
+
+
 def tokens(logits, rows):
-    return [s.token_id for s in sample(logits.clone(), rows)]
+    return draws(logits, rows).token_ids
 
 
 def test_greedy_takes_the_likeliest():
@@ -121,7 +144,7 @@ def test_penalties_follow_their_definitions():
         logprobs=0,
     )
     changed = logits.clone()
-    sample(changed, [one])
+    sample(changed, [one], lambda logits: logits.argmax(-1))
     expected = [2.0 / 2, -2.0 * 2 - 0.75, 1.0 / 2 - 0.5 - 0.5, 1.0, 0.0]
     assert changed[0].tolist() == pytest.approx(expected)
 
@@ -145,13 +168,14 @@ def test_bias_allowed_ids_and_min_tokens():
 def test_logprobs_are_of_the_models_own_distribution():
     logits = random_logits(2)
     rows = [row(temperature=0, logprobs=3, logit_bias={7: 100.0}), row(temperature=0)]
-    first, second = sample(logits.clone(), rows)
+    drawn = draws(logits, rows)
+    first, second = drawn.logprobs
     expected = logits[0].log_softmax(0)
-    assert first.token_id == 7
-    assert first.logprobs.logprob == pytest.approx(float(expected[7]), abs=1e-5)
-    assert first.logprobs.rank == int((expected > expected[7]).sum()) + 1
-    assert [t for t, _ in first.logprobs.top] == expected.topk(3).indices.tolist()
-    assert second.logprobs is None
+    assert drawn.token_ids[0] == 7
+    assert first.logprob == pytest.approx(float(expected[7]), abs=1e-5)
+    assert first.rank == int((expected > expected[7]).sum()) + 1
+    assert [t for t, _ in first.top] == expected.topk(3).indices.tolist()
+    assert second is None
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
@@ -161,6 +185,6 @@ def test_a_row_that_is_not_finite_fails_alone(poison, temperature):
     poisoned = clean.clone()
     poisoned[1, 100] = poison
     rows = [row(seed=i, temperature=temperature) for i in range(3)]
-    result = sample(poisoned, rows)
-    assert not result[1].is_finite
-    assert [result[0].token_id, result[2].token_id] == tokens(clean[[0, 2]], [rows[0], rows[2]])
+    result = tokens(poisoned, rows)
+    assert result[1] == NOT_FINITE
+    assert [result[0], result[2]] == tokens(clean[[0, 2]], [rows[0], rows[2]])

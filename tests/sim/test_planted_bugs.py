@@ -28,9 +28,9 @@ from octavo.sim.faults import (
     SqueezableTieredAllocator,
 )
 from octavo.sim.parts import (
-    InlineLauncher,
     create_allocator,
     create_executor,
+    create_launch,
     create_scheduler,
 )
 from octavo.sim.swarm import SwarmFailure, quiet_engine, run_seed
@@ -78,10 +78,7 @@ def executor_with(kind):
 def core_with(kind):
     return Parts(
         core=lambda scheduler, executor, setup: kind(
-            scheduler,
-            executor,
-            asynchronous=setup.asynchronous,
-            launcher=InlineLauncher(eager=setup.eager),
+            scheduler, executor, launch=create_launch(executor, setup)
         )
     )
 

@@ -1,0 +1,90 @@
+"""How Triton kernels are launched, and compiled before anybody waits for them.
+
+Programmatic dependent launch (CUDA guide, 6.2.8): a kernel starts while the one before it ends.
+Between small kernels the launch itself is half of the time. With this, a kernel's programs are
+placed, and load what no other kernel writes (weights), while the last programs of the kernel before
+still run. Every kernel launched with `launch_options()` calls `wait_for_inputs` before it touches
+anything that another kernel wrote or may still read, and `allow_next` as early as it likes: the
+next kernel waits for this one's end by itself. Does nothing before Hopper and in the interpreter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+LEAST_CAPABILITY = (9, 0)
+
+_asked_for: set[object] | None = None  # within `compile_ahead`: the kernels of this time
+
+
+@cache
+def launch_options() -> dict[str, bool]:
+    """Keywords for every launch; kernels take `PDL: tl.constexpr`."""
+    interpreted = triton.knobs.runtime.interpret
+    if interpreted or torch.cuda.get_device_capability() < LEAST_CAPABILITY:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., object]:
+    """`kernel[grid]`: call it with the kernel's arguments. Within `compile_ahead` nothing runs."""
+    if _asked_for is None:
+        launcher: Callable[..., object] = kernel[grid]
+        return launcher
+    return lambda *args, **options: _ask_for(kernel, grid, args, options)
+
+
+def _ask_for(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    """Have a kernel compiled, unless one like it was asked for: a model's layers are all alike."""
+    kinds = tuple(
+        arg.dtype
+        if isinstance(arg, torch.Tensor)
+        else (type(arg), arg == 1, isinstance(arg, int) and arg % 16 == 0)
+        for arg in args
+    )
+    key = (kernel, kinds, tuple(sorted(options.items())))
+    if _asked_for is not None and key not in _asked_for:
+        _asked_for.add(key)
+        kernel.run(*args, grid=grid, warmup=True, **options)
+
+
+@contextmanager
+def compile_ahead(num_threads: int) -> Iterator[None]:
+    """Within it kernels that are launched do not run, and are ready to run when it ends.
+
+    They are compiled side by side, or found in Triton's cache on disk, whose entries are named by
+    source, device and versions. What the kernels were to write is not written: only sizes, types
+    and memory of the results mean anything.
+    """
+    global _asked_for
+    with ThreadPoolExecutor(num_threads) as threads, triton.AsyncCompileMode(threads):
+        _asked_for = set()
+        try:
+            yield
+        finally:
+            _asked_for = None
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """All that earlier kernels wrote is there from here on."""
+    if PDL:
+        gdc_wait()
+
+
+@triton.jit
+def allow_next(PDL: tl.constexpr):
+    """The next kernel may be placed as soon as all programs of this one came here or ended."""
+    if PDL:
+        gdc_launch_dependents()

@@ -1,0 +1,83 @@
+"""What a device must be told of a step, in one piece of memory, so that one copy carries it all.
+
+Owns the layout. Knows neither plans nor models.
+"""
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import StepShares
+
+ALIGNMENT = 4  # words; 16 bytes, so that kernels may read whole vectors
+
+
+class StepSizes(NamedTuple):
+    """How many of each a step has room for."""
+
+    num_seqs: int
+    num_tokens: int
+    num_samples: int
+
+
+def _aligned(num_words: int) -> int:
+    return -(-num_words // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Which tokens yield logits, and how S tokens are drawn from them."""
+
+    seeds: Tensor  # [S] int64
+    positions: Tensor  # [S] int64: where the drawn token will stand
+    temperature: Tensor  # [S] fp32; 0 is greedy
+    top_p: Tensor  # [S] fp32
+    min_p: Tensor  # [S] fp32
+    top_k: Tensor  # [S] int32; 0 keeps all
+    rows: Tensor  # [S] int32: the row that each drawn token belongs to
+    index: Tensor  # [S] int32: the token of the step whose hidden state each is drawn from
+
+    def first(self, num_samples: int) -> "Draws":
+        """Only so many of them."""
+        return Draws(*(getattr(self, f.name)[:num_samples] for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Packet:
+    """Views of one stretch of 32-bit words: the same on both sides of the copy.
+
+    Where the draws lie depends on their number alone, so that whoever draws need not know the rest.
+    """
+
+    words: Tensor  # [num_words] int32: all of it
+    draws: Draws
+    shares: StepShares
+
+    @staticmethod
+    def num_words(sizes: StepSizes) -> int:
+        """Words that a step of these sizes takes."""
+        return sum(map(_aligned, _lengths(sizes)))
+
+    @classmethod
+    def over(cls, memory: Tensor, sizes: StepSizes) -> "Packet":
+        """The packet at the beginning of `memory` [at least num_words] int32."""
+        sections, start = [], 0
+        for length in _lengths(sizes):
+            sections.append(memory[start : start + length])
+            start += _aligned(length)
+        longs, floats, ints = sections[:2], sections[2:5], sections[5:8]
+        draws = Draws(
+            *(section.view(torch.int64) for section in longs),
+            *(section.view(torch.float32) for section in floats),
+            *ints,
+        )
+        return cls(memory[:start], draws, StepShares(*sections[8:]))
+
+
+def _lengths(sizes: StepSizes) -> tuple[int, ...]:
+    """Words of each section, in their order."""
+    num_seqs, num_tokens, num_samples = sizes
+    draws = (2 * num_samples,) * 2 + (num_samples,) * 6
+    return (*draws, num_seqs, num_seqs, num_seqs + 1, num_tokens)

@@ -1,0 +1,115 @@
+"""What a device does in a step: from packet to hidden states, and from those to drawn ids.
+
+Every stage only reads and writes memory of the device, so a CUDA graph can hold it. Knows neither
+plans nor requests.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from octavo.kernels import (
+    PREPARE_INPUTS,
+    SAMPLE_TOKENS,
+    AttentionBatch,
+    Case,
+    DeviceRows,
+    DrawOptions,
+    PreparedInputs,
+    StepShares,
+)
+from octavo.layers import StepContext
+from octavo.models import Model
+from octavo.runner.packet import Draws, StepSizes
+
+NOT_FINITE = -1  # in place of a drawn id, where the logits were no numbers
+
+
+@dataclass(frozen=True, slots=True)
+class StepBounds:
+    """The most tokens that one sequence of a step runs, and the longest context after it."""
+
+    max_query_len: int
+    max_context_len: int
+
+
+class Stages:
+    """The model between the device's rows and the ids that are drawn."""
+
+    def __init__(
+        self,
+        model: Model,
+        kv_caches: list[Tensor],
+        rows: DeviceRows,
+        *,
+        block_size: int,
+        padding_slot: int,
+    ):
+        self._model = model
+        self._kv_caches = kv_caches
+        self._rows = rows
+        self._block_size = block_size
+        self._padding_slot = padding_slot
+        self.device = rows.last_token_ids.device
+        case = Case(self.device.type, torch.float32)
+        self._prepare = PREPARE_INPUTS.select(case).function
+        self._draw = SAMPLE_TOKENS.select(case).function
+
+    def allocate_inputs(self, sizes: StepSizes, max_context_len: int) -> PreparedInputs:
+        """Memory for the inputs of a step, uninitialised."""
+        longs = torch.empty((3, sizes.num_tokens), dtype=torch.int64, device=self.device)
+        token_ids, positions, slots = longs.unbind()
+        width = -(-max_context_len // self._block_size)
+        return PreparedInputs(
+            token_ids,
+            positions,
+            slots,
+            torch.empty(sizes.num_seqs, dtype=torch.int32, device=self.device),
+            torch.empty((sizes.num_seqs, width), dtype=torch.int32, device=self.device),
+        )
+
+    def run_model(
+        self, shares: StepShares, draws: Draws, inputs: PreparedInputs, bounds: StepBounds
+    ) -> Tensor:
+        """One pass over the step's tokens -> the hidden states to draw from, [S, hidden_size]."""
+        self._prepare(
+            shares,
+            self._rows,
+            inputs,
+            block_size=self._block_size,
+            padding_slot=self._padding_slot,
+        )
+        attention = AttentionBatch(
+            query_starts=shares.query_starts,
+            context_lens=inputs.context_lens,
+            block_tables=inputs.block_tables,
+            max_query_len=bounds.max_query_len,
+            max_context_len=bounds.max_context_len,
+        )
+        context = StepContext(inputs.positions, inputs.slots, attention, self._kv_caches)
+        hidden: Tensor = self._model(inputs.token_ids, context)
+        return hidden.index_select(0, draws.index)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [S, hidden_size] -> logits [S, vocab_size] in the model's dtype."""
+        return self._model.logits(hidden)
+
+    def draw(self, logits: Tensor, draws: Draws, *, truncates: bool) -> Tensor:
+        """Draw from logits [S, vocab_size] -> ids [S] int64, NOT_FINITE where there is none.
+
+        Each row's last id on the device becomes the one drawn.
+        """
+        options = DrawOptions(
+            temperature=draws.temperature,
+            top_k=draws.top_k,
+            top_p=draws.top_p,
+            min_p=draws.min_p,
+            seeds=draws.seeds,
+            positions=draws.positions,
+            truncates=truncates,
+        )
+        token_ids, is_finite = self._draw(logits, options)
+        # A step that is planned already may still run a failed row on any id.
+        self._rows.last_token_ids.index_put_((draws.rows.long(),), token_ids)
+        return token_ids.masked_fill_(~is_finite, NOT_FINITE)

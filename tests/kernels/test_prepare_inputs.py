@@ -1,0 +1,84 @@
+"""Input preparation against a plain loop over sequences, in both implementations."""
+
+import random
+
+import pytest
+import torch
+
+from octavo.kernels import (
+    KNOWN_TO_THE_DEVICE,
+    PREPARE_INPUTS,
+    DeviceRows,
+    PreparedInputs,
+    StepShares,
+)
+from octavo.kernels.triton_prepare_inputs import triton_prepare_inputs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PADDING_SLOT = 9_999
+
+
+def random_step(rng, *, block_size, num_fillers, num_spare_tokens):
+    """Shares with fillers and tokens of nobody, rows, and what must come of them."""
+    num_rows, width = 9, 40
+    tables = torch.randint(0, 600, (num_rows, width), dtype=torch.int32)
+    last_ids = torch.randint(0, 5000, (num_rows,))
+    num_sequences = rng.randint(0, num_rows - 1)
+    row_indices = rng.sample(range(num_rows - 1), num_sequences)
+    starts, query_starts, given, expected = [], [0], [], []
+    for row in row_indices:
+        start = rng.randint(0, width * block_size - 1)
+        num_tokens = min(rng.choice((1, 1, 2, 30, 700)), width * block_size - start)
+        ids = [rng.randrange(5000) for _ in range(num_tokens)]
+        if rng.random() < 0.5:
+            ids[-1] = KNOWN_TO_THE_DEVICE
+        for i, token_id in enumerate(ids):
+            position = start + i
+            slot = int(tables[row, position // block_size]) * block_size + position % block_size
+            known = int(last_ids[row]) if token_id < 0 else token_id
+            expected.append((known, position, slot))
+        starts.append(start)
+        given += ids
+        query_starts.append(len(given))
+    lengths = [s + b - a for s, a, b in zip(starts, query_starts, query_starts[1:], strict=False)]
+    row_indices += [num_rows - 1] * num_fillers
+    starts += [0] * num_fillers
+    query_starts += [len(given)] * num_fillers
+    expected += [(0, 0, PADDING_SLOT)] * num_spare_tokens
+    given += [123] * num_spare_tokens  # what an earlier step left there
+    shares = StepShares(
+        *(
+            torch.tensor(values, dtype=torch.int32, device=DEVICE)
+            for values in (row_indices, starts, query_starts, given)
+        )
+    )
+    rows = DeviceRows(tables.to(DEVICE), last_ids.to(DEVICE))
+    return shares, rows, expected, lengths + [0] * num_fillers
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+@pytest.mark.parametrize("seed", range(25))
+def test_every_token_gets_its_id_position_and_slot(seed, implementation):
+    rng = random.Random(seed)
+    torch.manual_seed(seed)
+    block_size = rng.choice((1, 4, 16))
+    shares, rows, expected, lengths = random_step(
+        rng,
+        block_size=block_size,
+        num_fillers=rng.choice((0, 3)),
+        num_spare_tokens=rng.choice((0, 5, 600)),
+    )
+    out = PreparedInputs(
+        *torch.full((3, len(expected)), -7, device=DEVICE),
+        torch.full((len(lengths),), -7, dtype=torch.int32, device=DEVICE),
+        torch.full((len(lengths), 40), -7, dtype=torch.int32, device=DEVICE),
+    )
+    prepare = {"reference": PREPARE_INPUTS.reference, "triton": triton_prepare_inputs}
+    prepare[implementation](shares, rows, out, block_size=block_size, padding_slot=PADDING_SLOT)
+    columns = (out.token_ids.tolist(), out.positions.tolist(), out.slots.tolist())
+    assert list(zip(*columns, strict=True)) == expected
+    assert out.context_lens.tolist() == lengths
+    for b, length in enumerate(lengths):
+        width = -(-length // block_size)
+        row = int(shares.rows[b])
+        assert torch.equal(out.block_tables[b, :width], rows.block_tables[row, :width])
