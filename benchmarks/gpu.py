@@ -255,8 +255,17 @@ def make_header(peer_name: str, commit: str | None) -> Header:
             "python": platform.python_version(),
         },
         peer_name=peer_name,
-        command=shlex.join(["python", "benchmarks/gpu.py", *sys.argv[1:]]),
+        command=shlex.join(["python", "benchmarks/gpu.py", *_without_output(sys.argv[1:])]),
     )
+
+
+def _without_output(arguments: list[str]) -> list[str]:
+    """Where the file went says nothing about the figures in it."""
+    kept = list(arguments)
+    if "--output" in kept:
+        place = kept.index("--output")
+        del kept[place : place + 2]
+    return kept
 
 
 def _first_line(*command: str) -> str:
