@@ -111,7 +111,7 @@ def segments(plan: MemoryPlan) -> list[Segment]:
         reason = "taken at the first matrix product"
         workspace = Segment("activations", "cuBLAS workspace", plan.budget.workspace_bytes, reason)
         parts.append(workspace)
-    if plan.has_graphs:
+    if plan.graph_overhead_bytes:
         reason = "the largest step's memory, shared by all"
         parts.append(Segment("activations", "CUDA graphs", plan.graph_bytes, reason))
     reason = "block tables, and the way to them"

@@ -19,6 +19,7 @@ from octavo.config.resolve import (
     resolve,
     with_kv_cache_bytes,
 )
+from octavo.config.step_sizes import decode_sizes, mixed_sizes
 
 __all__ = [
     "ALIASES",
@@ -35,7 +36,9 @@ __all__ = [
     "RopeScaling",
     "SchedulerOptions",
     "Setting",
+    "decode_sizes",
     "locate",
+    "mixed_sizes",
     "option",
     "resolve",
     "with_kv_cache_bytes",

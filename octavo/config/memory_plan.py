@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 from octavo.config.capacity import Pool
 from octavo.config.resolve import DTYPE_BYTES, ResolvedConfig
+from octavo.config.step_sizes import decode_sizes, mixed_sizes
 
 FP32, FP64 = 4, 8  # bytes
 INT32, INT64 = 4, 8
+GRAPH_BYTES_PER_LAYER = 240 * 2**10  # measured: 218 and 259 KiB on an H100, 8B and 0.6B
 NEW_BLOCKS_WORDS = 2**16  # of the runner's packets, for blocks that sequences were given
 
 _SMALL_OPS = {"rms_norm", "rotary_kv_write", "qk_norm_rotary_kv_write", "silu_mul"}
@@ -102,7 +104,7 @@ class MemoryPlan:
     kv_layers: tuple[KVLayers, ...]
     moments: tuple[Moment, ...]
     row_bytes: int  # the runner's tables of rows, and the packets of steps
-    has_graphs: bool
+    graph_overhead_bytes: int  # 0 where there are no graphs
     kv_cache_bytes: int  # negative where nothing is left: what is missing
     block_size: int
     kv_allocator: str  # `CacheOptions.kv_allocator`
@@ -131,8 +133,8 @@ class MemoryPlan:
 
     @property
     def graph_bytes(self) -> int:
-        """What CUDA graphs keep: the memory of the largest step, which all of them share."""
-        return self.peak.num_bytes if self.has_graphs else 0
+        """What CUDA graphs keep: the largest step's memory, which all share, and themselves."""
+        return self.peak.num_bytes + self.graph_overhead_bytes if self.graph_overhead_bytes else 0
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -195,10 +197,11 @@ def plan_memory(
     moments = plan_moments(config, compiled)
     row_bytes = plan_rows(config)
     has_graphs = config.device == "cuda" and not config.enforce_eager
+    overhead = graph_overhead_bytes(config) if has_graphs else 0
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
         taken = sum(group.num_bytes for group in weights) + budget.workspace_bytes
-        taken += max(moment.num_bytes for moment in moments) * (1 + has_graphs)
+        taken += max(moment.num_bytes for moment in moments) * (1 + has_graphs) + overhead
         kv_cache_bytes = budget.usable_bytes - taken - budget.others_bytes - row_bytes
     return MemoryPlan(
         budget=budget,
@@ -206,13 +209,19 @@ def plan_memory(
         kv_layers=plan_kv_layers(config),
         moments=moments,
         row_bytes=row_bytes,
-        has_graphs=has_graphs,
+        graph_overhead_bytes=overhead,
         kv_cache_bytes=kv_cache_bytes,
         block_size=config.block_size,
         kv_allocator=config.kv_allocator,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
     )
+
+
+def graph_overhead_bytes(config: ResolvedConfig) -> int:
+    """Bytes of all CUDA graphs of the model's pass themselves: nodes and their arguments."""
+    sizes = decode_sizes(config.max_num_seqs), mixed_sizes(config.max_num_batched_tokens)
+    return sum(map(len, sizes)) * config.model.num_layers * GRAPH_BYTES_PER_LAYER
 
 
 def plan_rows(config: ResolvedConfig) -> int:

@@ -128,7 +128,7 @@ class MemoryMeter:
             Comparison("rows", self.plan.row_bytes, self._rows),
             Comparison("KV cache", self.plan.kv_pool_bytes, self._kv),
         ]
-        if self.plan.has_graphs:
+        if self.plan.graph_overhead_bytes:
             taken = self._free - torch.cuda.mem_get_info()[0]
             lines.append(Comparison("CUDA graphs", self.plan.graph_bytes, taken))
         if self._host_kv_bytes:

@@ -16,3 +16,11 @@ class StepContext:
     slots: Tensor  # [T] int64: block id * block size + offset, where its key and value go
     attention: AttentionBatch
     kv_caches: Sequence[Tensor]  # one a layer: [2, num_blocks, Hkv, block_size, D]
+    wanted: Tensor | None = None  # [S]: tokens whose hidden states are asked for; None: all
+
+    def wanted_of(self, *hidden: Tensor) -> tuple[Tensor, ...]:
+        """The rows of the wanted tokens of each [T, ...]."""
+        if self.wanted is None:
+            return hidden
+        wanted = self.wanted
+        return tuple(rows.index_select(0, wanted) for rows in hidden)

@@ -16,7 +16,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, token_ids: Tensor, context: StepContext) -> Tensor:
-        """token_ids [T] -> hidden states [T, hidden_size]."""
+        """token_ids [T] -> hidden states of the wanted ones of `context` [S, hidden_size]."""
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:

@@ -92,8 +92,15 @@ class LlamaBlock(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None, context: StepContext
     ) -> tuple[Tensor, Tensor]:
+        return self.feed_forward(*self.attend(x, residual, context))
+
+    def attend(
+        self, x: Tensor, residual: Tensor | None, context: StepContext
+    ) -> tuple[Tensor, Tensor]:
         x, residual = self.attention_norm(x, residual)
-        x = self.attention(x, context)
+        return self.attention(x, context), residual
+
+    def feed_forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
 
@@ -105,13 +112,8 @@ class Llama(Model):
 
     def __init__(self, config: ModelConfig, build: Build, *, max_positions: int):
         super().__init__()
-        rotary = Rotary(
-            config.head_dim,
-            max_positions,
-            build,
-            theta=config.rope_theta,
-            scaling=config.rope_scaling,
-        )
+        theta, scaling = config.rope_theta, config.rope_scaling
+        rotary = Rotary(config.head_dim, max_positions, build, theta=theta, scaling=scaling)
         self.vocabulary = Vocabulary(
             config.vocab_size, config.hidden_size, build, tied=config.tie_word_embeddings
         )
@@ -131,11 +133,14 @@ class Llama(Model):
         return table | self.norm.slots("model.norm")
 
     def forward(self, token_ids: Tensor, context: StepContext) -> Tensor:
-        """token_ids [T] -> hidden states [T, hidden_size]."""
+        """token_ids [T] -> hidden states of the wanted ones [S, hidden_size]."""
         x: Tensor = self.vocabulary.embed(token_ids)
         residual: Tensor | None = None
-        for block in self._blocks:
+        *blocks, last = self._blocks
+        for block in blocks:
             x, residual = block(x, residual, context)
+        # All that anybody will ask of the other tokens is in the KV cache by then.
+        x, residual = last.feed_forward(*context.wanted_of(*last.attend(x, residual, context)))
         x, _ = self.norm(x, residual)
         return x
 

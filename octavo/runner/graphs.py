@@ -12,30 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from octavo.config import decode_sizes, mixed_sizes
 from octavo.kernels import PreparedInputs
 from octavo.runner.packet import Packet, StepSizes
 from octavo.runner.rows import StepLimits
 from octavo.runner.stages import Stages, StepBounds
-
-
-def decode_sizes(limit: int) -> list[int]:
-    """Numbers of sequences that graphs of one token a sequence are made for."""
-    small = [1, 2, 4]
-    return [size for size in small if size < limit] + _steps(limit, ((256, 8), (limit, 16)))
-
-
-def mixed_sizes(limit: int) -> list[int]:
-    """Numbers of tokens that graphs of any mix are made for: at most an eighth is filled up."""
-    return _steps(limit, ((1024, 64), (2048, 128), (4096, 256), (limit, 512)))
-
-
-def _steps(limit: int, stretches: tuple[tuple[int, int], ...]) -> list[int]:
-    """Multiples of each stretch's step up to its end, and the limit itself."""
-    sizes: list[int] = []
-    for end, step in stretches:
-        first = (sizes[-1] if sizes else 0) + step
-        sizes += range(first, min(end, limit) + 1, step)
-    return [*(size for size in sizes if size < limit), limit]
 
 
 class Shape(NamedTuple):
@@ -43,7 +24,7 @@ class Shape(NamedTuple):
 
     num_seqs: int
     num_tokens: int
-    is_decode: bool  # one token a sequence
+    is_decode: bool  # one token a sequence, and each is drawn after
 
 
 class Replay(Protocol):
@@ -84,7 +65,7 @@ def cuda_recorder() -> Recorder:
 
 
 class StepGraphs:
-    """Graphs by shape, captured when they are first asked for, in one pool of memory.
+    """Graphs by shape, in one pool of memory.
 
     They share static memory: the packet that the uplink fills, the prepared inputs, the hidden
     states to draw from. Only one step may use it at a time, which the order of the stream ensures.
@@ -113,7 +94,7 @@ class StepGraphs:
         limits = self._limits
         if max(sizes.num_seqs, sizes.num_samples) > limits.max_num_seqs:
             return None
-        if sizes.num_tokens == sizes.num_seqs:
+        if sizes.num_tokens == sizes.num_seqs == sizes.num_samples:
             size = _at_least(self._decodes, sizes.num_seqs)
             return Shape(size, size, is_decode=True)
         if sizes.num_tokens > limits.max_num_batched_tokens:
@@ -129,13 +110,13 @@ class StepGraphs:
             self._packets[key] = Packet.over(memory, sizes)
         return self._packets[key]
 
-    def capture_decodes(self) -> None:
-        """Make the graphs that no request should wait for, after the largest of all.
+    def capture_all(self) -> None:
+        """Make all graphs but those of truncated draws, so that no request waits for one.
 
-        That one sizes the pool, while there is memory for it.
+        The largest comes first: it sizes the pool.
         """
-        limits = self._limits
-        self._model_graph(Shape(limits.max_num_seqs, limits.max_num_batched_tokens, False))
+        for num_tokens in reversed(self._mixed):
+            self._model_graph(Shape(self._limits.max_num_seqs, num_tokens, is_decode=False))
         for size in reversed(self._decodes):
             self._model_graph(Shape(size, size, is_decode=True))
             self._draw_graph(size, truncates=False)

@@ -2,12 +2,12 @@
 
 import torch
 
-from octavo.config import ResolvedConfig
+from octavo.config import ResolvedConfig, decode_sizes, mixed_sizes
+from octavo.config.memory_plan import graph_overhead_bytes
 from octavo.core import NewSequence, SamplingParams, ScheduledTokens, StepPlan
 from octavo.errors import ConfigError
 from octavo.layers import kv_specs
 from octavo.models import Model
-from octavo.runner.graphs import decode_sizes, mixed_sizes
 from octavo.runner.kv_storage import KVStorage, allocate_kv_caches
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.packet import StepSizes
@@ -45,7 +45,7 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
-    graphs = 0 if config.enforce_eager else peak - before
+    graphs = 0 if config.enforce_eager else peak - before + graph_overhead_bytes(config)
     left = int(total * config.gpu_memory_utilization) - others - peak - graphs
     # One block is nobody's: what fills a batch up writes there.
     left -= config.kv_block_bytes

@@ -83,11 +83,11 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, recorder: Callable[[], Recorder] = cuda_recorder) -> None:
-        """Replay graphs from now on; those that no request should wait for are made here."""
+        """Replay graphs from now on."""
         self._graphs = StepGraphs(
             self._stages, self._limits, self._uplink.device_memory, record=recorder()
         )
-        self._graphs.capture_decodes()
+        self._graphs.capture_all()
 
     def execute(self, plan: StepPlan) -> StepResult:
         """Run one step; the result has a token for each share that `samples`."""

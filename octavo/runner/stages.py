@@ -87,9 +87,17 @@ class Stages:
             max_query_len=bounds.max_query_len,
             max_context_len=bounds.max_context_len,
         )
-        context = StepContext(inputs.positions, inputs.slots, attention, self._kv_caches)
+        num_tokens, num_samples = len(inputs.token_ids), len(draws.index)
+        draws_from_all = bounds.max_query_len == 1 and num_samples == num_tokens
+        context = StepContext(
+            inputs.positions,
+            inputs.slots,
+            attention,
+            self._kv_caches,
+            wanted=None if draws_from_all else draws.index,
+        )
         hidden: Tensor = self._model(inputs.token_ids, context)
-        return hidden.index_select(0, draws.index)
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [S, hidden_size] -> logits [S, vocab_size] in the model's dtype."""

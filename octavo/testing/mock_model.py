@@ -29,7 +29,7 @@ class MockModel(Model):
         return {}
 
     def forward(self, token_ids: Tensor, context: StepContext) -> Tensor:
-        """token_ids [T] -> [T, 1]: for each token, what must follow it."""
+        """token_ids [T] -> [S, 1]: for each wanted token, what must follow it."""
         keys = context.kv_caches[0][0, :, 0, :, 0]  # [num_blocks, block_size]
         block_size = keys.shape[1]
         weighted = (context.positions + 1) * token_ids
@@ -40,7 +40,8 @@ class MockModel(Model):
             history = keys[batch.block_tables[b].long()].flatten()[:context_len]
             sums = history.double().cumsum(0)[context_len - (last - first) :]
             answers[first:last, 0] = (sums % self._vocab_size).float()
-        return answers
+        [wanted] = context.wanted_of(answers)
+        return wanted
 
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(hidden[:, 0].long(), self._vocab_size).float()

@@ -155,7 +155,7 @@ def test_the_kv_cache_of_a_gpu_is_what_is_left_of_its_share():
     others = CUDA_CONTEXT_BYTES + LOADED_KERNELS_BYTES
     left = KNOWN_GPUS["h100-80gb"].total_bytes // 2 - others
     taken = plan.weight_bytes + plan.activation_bytes + plan.row_bytes + plan.graph_bytes
-    assert plan.kv_cache_bytes == left - taken and plan.graph_bytes == plan.peak.num_bytes
+    assert plan.kv_cache_bytes == left - taken and plan.graph_bytes > plan.peak.num_bytes
     eager = plan_of(LLAMA_8B, "h100-80gb", gpu_memory_utilization=0.5, enforce_eager=True)
     assert eager.kv_cache_bytes == plan.kv_cache_bytes + plan.graph_bytes
     assert plan.num_blocks == plan.kv_cache_bytes // (16 * 131_072)

@@ -82,7 +82,10 @@ MOMENTS = [
     (False, SMALL_MLP | {"head_dim": 32}, 64, 512, "rotation in plain torch"),
     (
         False,
-        SMALL_MLP | {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 512},
+        # The first block has no residual yet, and the last one ends with the drawn tokens only.
+        {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 512}
+        | SMALL_MLP
+        | {"num_hidden_layers": 3},
         64,
         512,
         "norm in plain torch",

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers import create_core, create_request, create_scheduler, run_to_end, tokens_of
 
+from octavo.config import decode_sizes, mixed_sizes
 from octavo.layers import kv_specs
 from octavo.runner import KVStorage, ModelRunner, StepLimits, allocate_kv_caches
-from octavo.runner.graphs import decode_sizes, mixed_sizes
 from octavo.testing.mock_model import MockModel, mock_next_token
 
 VOCAB_SIZE = 997
