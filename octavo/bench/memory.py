@@ -162,6 +162,7 @@ class Witness:
 
     name = "witness"
     preempts = False
+    binds_running = True
 
     def __init__(self) -> None:
         self._asked: dict[str, Sequence] = {}

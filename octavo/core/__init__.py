@@ -21,9 +21,20 @@ from octavo.core.request import (
     resolve_max_tokens,
 )
 from octavo.core.sampling import SamplingParams
-from octavo.core.sequence import Fork, Sequence, SequenceStatus, Swapped
+from octavo.core.sequence import (
+    FINISHED,
+    RUNNING,
+    WAITING,
+    Fork,
+    Sequence,
+    SequenceStatus,
+    Swapped,
+)
 
 __all__ = [
+    "FINISHED",
+    "RUNNING",
+    "WAITING",
     "Clock",
     "EngineStats",
     "Executor",

@@ -23,6 +23,10 @@ class SequenceStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+# To read a member off its Enum takes 0.1 µs before Python 3.12, which counts where all pass.
+WAITING, RUNNING, FINISHED = SequenceStatus
+
+
 class Fork(NamedTuple):
     """A sequence that begins with the same tokens as another one, and may share its blocks."""
 
@@ -57,9 +61,11 @@ class Sequence:
         "draft_ids",
         "finish_reason",
         "fork",
+        "id",
         "is_beam",
         "is_known",
         "max_num_tokens",
+        "min_num_tokens",
         "num_cached_tokens",
         "num_committed_tokens",
         "num_computed_tokens",
@@ -80,12 +86,14 @@ class Sequence:
     def __init__(self, request: Request, max_tokens: int, *, arrival_s: float, arrival: int = 0):
         deadline_ms = request.options.deadline_ms
         self.request = request
+        self.id = request.request_id  # one sequence a request
         self.arrival = arrival  # a number that grows from one to the next
         self.arrival_s = arrival_s
         self.deadline_s = math.inf if deadline_ms is None else arrival_s + deadline_ms / 1e3
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = self.num_prompt_tokens + max_tokens
+        self.min_num_tokens = self.num_prompt_tokens + request.sampling.min_tokens
         self.stop_ids = request.stop_ids
         self.num_logprobs = request.sampling.logprobs
         self.fork: Fork | None = None
@@ -111,11 +119,6 @@ class Sequence:
         self.finish_reason: FinishReason | None = None
 
     @property
-    def id(self) -> str:
-        """The engine request's id; one sequence a request."""
-        return self.request.request_id
-
-    @property
     def num_tokens(self) -> int:
         """Token ids that the runner knows, ours and those on their way to us, and drafts."""
         return len(self.token_ids) + self.num_pending_tokens + len(self.draft_ids)
@@ -130,7 +133,9 @@ class Sequence:
         """What the scheduling rule wants to run. The very last token is never computed."""
         if self.awaits_result:
             return 0
-        return min(self.num_tokens, self.max_num_tokens - 1) - self.num_computed_tokens
+        num_tokens = len(self.token_ids) + self.num_pending_tokens + len(self.draft_ids)
+        limit = self.max_num_tokens - 1
+        return (num_tokens if num_tokens < limit else limit) - self.num_computed_tokens
 
     @property
     def is_prefilling(self) -> bool:
@@ -175,10 +180,10 @@ class Sequence:
 
     def commit(self, share: ScheduledTokens) -> int:
         """A step's tokens are now surely in the cache; return how many were of the prompt."""
-        prompt_left = max(0, self.num_prompt_tokens - self.num_committed_tokens)
+        prompt_left = self.num_prompt_tokens - self.num_committed_tokens
         num_sure = share.num_tokens - len(share.draft_ids)
         self.num_committed_tokens += num_sure
-        return min(prompt_left, num_sure)
+        return min(prompt_left, num_sure) if prompt_left > 0 else 0
 
     def extend(self, token_ids: SequenceOf[int], num_drafts: int) -> FinishReason | None:
         """Take the tokens of a step that checked so many drafts; return why it is over, or None.
@@ -200,9 +205,9 @@ class Sequence:
         return None
 
     def _why_over(self) -> FinishReason | None:
-        enough = self.num_output_tokens >= self.request.sampling.min_tokens
-        if enough and self.token_ids[-1] in self.stop_ids:
+        num_tokens = len(self.token_ids)
+        if num_tokens >= self.min_num_tokens and self.token_ids[-1] in self.stop_ids:
             return FinishReason.STOP
-        if len(self.token_ids) >= self.max_num_tokens:
+        if num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH
         return None

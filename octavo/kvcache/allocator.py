@@ -146,6 +146,8 @@ class PagedAllocator:
 
     def extend(self, sequence: Sequence, num_tokens: int) -> int:
         first = len(sequence.block_ids)
+        if num_tokens <= first * self.block_size and not sequence.shares_blocks:
+            return first  # as nearly always: the last block has room
         if missing := self.num_missing_blocks(sequence, num_tokens):
             copies = sequence.shares_blocks and self._must_copy(sequence)
             added = self._pool.take(missing)

@@ -9,7 +9,7 @@ waits.
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
-from octavo.core import Sequence, SequenceStatus
+from octavo.core import WAITING, Sequence
 from octavo.kvcache import Allocator
 
 
@@ -18,6 +18,7 @@ class Constraint(Protocol):
 
     name: str
     preempts: bool  # a running sequence bound by this limit may push a younger one out
+    binds_running: bool  # False: only those are asked about and noted that are to be admitted
 
     def begin_step(self, running: SequenceOf[Sequence]) -> None:
         """Forget what the last step used; these run as this one begins."""
@@ -54,6 +55,7 @@ class TokenBudget:
 
     name = "tokens"
     preempts = False
+    binds_running = True
 
     def __init__(self, max_num_batched_tokens: int):
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -63,7 +65,7 @@ class TokenBudget:
         self._num_left = self.max_num_batched_tokens
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
-        return min(num_tokens, self._num_left)
+        return num_tokens if num_tokens <= self._num_left else self._num_left
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
         self._num_left -= num_tokens
@@ -80,6 +82,7 @@ class SequenceSlots:
 
     name = "sequences"
     preempts = False
+    binds_running = False
 
     def __init__(self, max_num_seqs: int):
         self.max_num_seqs = max_num_seqs
@@ -91,11 +94,10 @@ class SequenceSlots:
         self._num_running = len(running)
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
-        has_place = sequence.status is SequenceStatus.RUNNING
-        return num_tokens if has_place or self._num_running < self.max_num_seqs else 0
+        return num_tokens if self._num_running < self.max_num_seqs else 0
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
-        self._num_running += sequence.status is SequenceStatus.WAITING
+        self._num_running += 1
 
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
@@ -114,6 +116,7 @@ class Blocks:
 
     name = "blocks"
     preempts = True
+    binds_running = True
 
     def __init__(self, allocator: Allocator):
         self._allocator = allocator
@@ -134,7 +137,7 @@ class Blocks:
         return 0
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
-        self._num_running += sequence.status is SequenceStatus.WAITING
+        self._num_running += sequence.status is WAITING
 
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
@@ -149,6 +152,6 @@ class Blocks:
 
     def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self._allocator.num_missing_blocks(sequence, num_tokens)
-        is_new = sequence.status is SequenceStatus.WAITING
+        is_new = sequence.status is WAITING
         reserve = self._num_running if is_new and self._allocator.grows else 0
         return missing + reserve <= self._allocator.num_free_blocks

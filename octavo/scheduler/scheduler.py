@@ -17,6 +17,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from octavo.core import (
+    FINISHED,
+    RUNNING,
+    WAITING,
     Clock,
     EngineStats,
     FinishReason,
@@ -25,7 +28,6 @@ from octavo.core import (
     RequestEvent,
     SampledTokens,
     Sequence,
-    SequenceStatus,
     StepPlan,
     StepResult,
     SystemClock,
@@ -197,7 +199,7 @@ class Scheduler:
         num_prompt_tokens = 0
         events = []
         for share, (sequence, life) in zip(plan.scheduled, flight.shares, strict=True):
-            if sequence.status is SequenceStatus.FINISHED or plan.step < sequence.valid_from_step:
+            if sequence.status is FINISHED or plan.step < sequence.valid_from_step:
                 continue
             if sequence.num_preemptions == life:
                 num_prompt_tokens += sequence.commit(share)
@@ -259,9 +261,9 @@ class Scheduler:
         """Outside of a step's planning: a sequence loses its KV and waits for a place."""
         self.allocator.free(sequence)
         sequence.lose_memory()
-        if sequence.status is SequenceStatus.RUNNING:
+        if sequence.status is RUNNING:
             self._running.remove(sequence)
-            sequence.status = SequenceStatus.WAITING
+            sequence.status = WAITING
             sequence.num_preemptions += 1
             self.decisions.preempted(sequence.id, reason, outcome)
             self._counts["preemptions"] += 1
@@ -286,7 +288,7 @@ class Scheduler:
         if reason is not None:
             self._finish(sequence, reason)
         else:
-            if sequence.status is SequenceStatus.WAITING:
+            if sequence.status is WAITING:
                 self._waiting.release([sequence])  # it was pushed out while it awaited this
             if sampled.draft_ids:
                 sequence.guess(sampled.draft_ids)
@@ -322,7 +324,7 @@ class Scheduler:
         beam, parent = succession.beam, succession.parent
         beam.token_ids = list(succession.token_ids)
         beam.awaits_result = False
-        if beam.status is SequenceStatus.RUNNING:
+        if beam.status is RUNNING:
             beam.is_known = False
             self._dropped.append(beam.id)
             if self.allocator.refork(beam, succession.block_ids):
@@ -347,7 +349,7 @@ class Scheduler:
         return [
             self._finish(sequence, reason, error)
             for sequence in ending
-            if sequence.status is not SequenceStatus.FINISHED
+            if sequence.status is not FINISHED
         ]
 
     def _finish(
@@ -359,7 +361,7 @@ class Scheduler:
         token_ids: tuple[int, ...] = (),
     ) -> RequestEvent:
         """The one way out: frees everything and makes the terminal event."""
-        if sequence.status is SequenceStatus.RUNNING:
+        if sequence.status is RUNNING:
             self._running.remove(sequence)
             self._dropped.append(sequence.id)  # the runner knows the running ones, and no others
         else:
@@ -368,7 +370,7 @@ class Scheduler:
             self._in_flight[-1].to_free.append(sequence)
         else:
             self.allocator.free(sequence)
-        sequence.status = SequenceStatus.FINISHED
+        sequence.status = FINISHED
         sequence.finish_reason = reason
         del self._sequences[sequence.id]
         self.decisions.ends(sequence.id, reason.value if error is None else error)
@@ -407,7 +409,7 @@ class Scheduler:
             raise IntegrityError("the queues do not hold exactly the live sequences")
         self._waiting.check_integrity()
         for sequence in self._running:
-            if sequence.status is not SequenceStatus.RUNNING:
+            if sequence.status is not RUNNING:
                 raise IntegrityError(f"{sequence.id} runs but is not in a running state")
             if sequence.num_computed_tokens > len(sequence.block_ids) * self.allocator.block_size:
                 raise IntegrityError(f"{sequence.id} has computed more tokens than it has slots")

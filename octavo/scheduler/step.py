@@ -6,7 +6,7 @@ Holds the scheduling rule and applies the constraints; the order in which sequen
 
 from collections.abc import Sequence as SequenceOf
 
-from octavo.core import NewSequence, ScheduledTokens, Sequence, SequenceStatus
+from octavo.core import RUNNING, WAITING, NewSequence, ScheduledTokens, Sequence
 from octavo.kvcache import Allocator
 from octavo.scheduler.constraints import Constraint
 from octavo.scheduler.decisions import DecisionLog
@@ -37,9 +37,10 @@ class StepBuilder:
         self.stopped_by: str | None = None  # why admission ended, where somebody still waits
         self._allocator = allocator
         self._constraints = constraints
+        self._of_running = [c for c in constraints if c.binds_running]
         self._preemption = preemption
         self._log = log
-        self._served: set[str] = set()
+        self._served: set[Sequence] = set()
         for constraint in constraints:
             constraint.begin_step(running)
 
@@ -53,7 +54,7 @@ class StepBuilder:
         while index < len(self.running):
             sequence = self.running[index]
             index += 1
-            if sequence.id in self._served or (prefills_only and not sequence.is_prefilling):
+            if sequence in self._served or (prefills_only and not sequence.is_prefilling):
                 continue
             num_wanted = sequence.num_uncomputed_tokens
             num_tokens, bound_by = self._allowance(sequence, num_wanted)
@@ -67,7 +68,7 @@ class StepBuilder:
                 num_tokens, bound_by = self._allowance(sequence, num_wanted)
             if num_tokens > 0:
                 self._grant(sequence, num_tokens)
-            if 0 <= num_tokens < num_wanted and sequence.status is SequenceStatus.RUNNING:
+            if 0 <= num_tokens < num_wanted and sequence.status is RUNNING:
                 self._log.held_back(sequence.id)
 
     def admit_urgent(self) -> None:
@@ -118,15 +119,18 @@ class StepBuilder:
         sequence.num_committed_tokens = num_cached_tokens
         self._grant(sequence, num_tokens)
         self._room.remove(sequence)
-        sequence.status = SequenceStatus.RUNNING
+        sequence.status = RUNNING
         self.running.append(sequence)
         self.admitted.append(sequence)
         self._log.runs(sequence.id, num_cached_tokens, len(sequence.token_ids))
 
+    def _limits_of(self, sequence: Sequence) -> SequenceOf[Constraint]:
+        return self._of_running if sequence.status is RUNNING else self._constraints
+
     def _allowance(self, sequence: Sequence, num_tokens: int) -> tuple[int, Constraint | None]:
         """How many tokens all constraints allow, and which one said the least."""
         bound_by = None
-        for constraint in self._constraints:
+        for constraint in self._limits_of(sequence):
             allowed = constraint.allow(sequence, num_tokens)
             if allowed < num_tokens:
                 num_tokens, bound_by = allowed, constraint
@@ -135,7 +139,7 @@ class StepBuilder:
         return num_tokens, bound_by
 
     def _grant(self, sequence: Sequence, num_tokens: int) -> None:
-        for constraint in self._constraints:
+        for constraint in self._limits_of(sequence):
             constraint.take(sequence, num_tokens)
         num_computed_tokens = sequence.num_computed_tokens
         # Room for all that is known: half a prompt in the pool helps nobody. Drafts that are left
@@ -155,15 +159,15 @@ class StepBuilder:
             sequence.id, num_tokens, first, changed, samples, tuple(sequence.draft_ids)
         )
         self.scheduled.append(share)
-        self._served.add(sequence.id)
+        self._served.add(sequence)
 
     def _victim(self) -> Sequence:
         """Who gives way: among those not yet served in this step, the policy's choice."""
-        return self.waiting.victim([s for s in self.running if s.id not in self._served])
+        return self.waiting.victim([s for s in self.running if s not in self._served])
 
     def _displace(self, sequence: Sequence, bound_by: Constraint) -> bool:
         """Push a running sequence out for a waiting one of higher rank, if there is such a one."""
-        candidates = [s for s in self.running if s.id not in self._served]
+        candidates = [s for s in self.running if s not in self._served]
         victim = self.waiting.victim(candidates) if candidates else None
         if victim is None or not self.waiting.outranks(sequence, victim):
             return False
@@ -178,7 +182,7 @@ class StepBuilder:
         outcome = self._preemption.give_up(sequence, self._allocator)
         sequence.lose_memory()
         sequence.num_preemptions += 1
-        sequence.status = SequenceStatus.WAITING
+        sequence.status = WAITING
         self.preempted.append(sequence)
         if sequence.awaits_result:
             self._room.hold(sequence)
