@@ -22,6 +22,7 @@ from octavo.kernels.prepare_inputs import (
     StepShares,
 )
 from octavo.kernels.qk_norm_rotary_kv_write import QK_NORM_ROTARY_KV_WRITE
+from octavo.kernels.record_draws import NOT_FINITE, RECORD_DRAWS
 from octavo.kernels.rms_norm import RMS_NORM
 from octavo.kernels.rotary_kv_write import ROTARY_KV_WRITE
 from octavo.kernels.sample_tokens import SAMPLE_TOKENS, DrawOptions
@@ -31,9 +32,11 @@ __all__ = [
     "KNOWN_TO_THE_DEVICE",
     "KV_WRITE",
     "LINEAR",
+    "NOT_FINITE",
     "PAGED_ATTENTION",
     "PREPARE_INPUTS",
     "QK_NORM_ROTARY_KV_WRITE",
+    "RECORD_DRAWS",
     "RMS_NORM",
     "ROTARY_KV_WRITE",
     "SAMPLE_TOKENS",

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from octavo.kernels.dispatch import Op
 from octavo.kernels.native.support import refuse
+from octavo.kernels.record_draws import not_on_the_host
 from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 KNOWN_TO_THE_DEVICE = -1  # a token id that only the device knows: the row's last one
@@ -104,7 +106,41 @@ def reference_prepare_inputs(
     out.block_tables.copy_(rows.block_tables[row, : out.block_tables.shape[1]])
 
 
+def numpy_prepare_inputs(
+    shares: StepShares,
+    rows: DeviceRows,
+    out: PreparedInputs,
+    *,
+    block_size: int,
+    padding_slot: int,
+) -> None:
+    """As PrepareInputs, on the host: for a few numbers torch's calls cost more than they do."""
+    query_starts, row = shares.query_starts.numpy(), shares.rows.numpy()
+    tables, starts = rows.block_tables.numpy(), shares.starts.numpy()
+    lengths = np.diff(query_starts)
+    num_tokens = int(query_starts[-1])
+    # What a token's index in the step lacks to its position, and its row: both by its sequence.
+    position = np.repeat(starts - query_starts[:-1], lengths)
+    position += np.arange(num_tokens, dtype=np.int32)
+    own_row = np.repeat(row, lengths)
+    given = shares.token_ids.numpy()[:num_tokens]
+    token_ids, slots = out.token_ids.numpy(), out.slots.numpy()
+    np.copyto(token_ids[:num_tokens], given)
+    if given.size and given.min() < 0:
+        unread = given < 0
+        token_ids[:num_tokens][unread] = rows.last_token_ids.numpy()[own_row[unread]]
+    out.positions.numpy()[:num_tokens] = position
+    block, offset = np.divmod(position, block_size)
+    slots[:num_tokens] = tables[own_row, block].astype(np.int64) * block_size + offset
+    token_ids[num_tokens:] = 0
+    out.positions.numpy()[num_tokens:] = 0
+    slots[num_tokens:] = padding_slot
+    out.context_lens.numpy()[:] = np.where(lengths > 0, starts + lengths, 0)
+    out.block_tables.numpy()[:] = tables[row, : out.block_tables.shape[1]]
+
+
 PREPARE_INPUTS: Op[PrepareInputs] = Op("prepare_inputs", reference_prepare_inputs)
+PREPARE_INPUTS.register("numpy", numpy_prepare_inputs, not_on_the_host)
 PREPARE_INPUTS.register_module(
     "triton", "octavo.kernels.triton_prepare_inputs:triton_prepare_inputs", unsupported_by_triton
 )

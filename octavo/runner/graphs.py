@@ -14,7 +14,7 @@ from torch import Tensor
 
 from octavo.config import decode_sizes, mixed_sizes
 from octavo.kernels import PreparedInputs
-from octavo.runner.packet import Packet, StepSizes
+from octavo.runner.packet import Packet, Packets, StepSizes
 from octavo.runner.rows import StepLimits
 from octavo.runner.stages import Stages, StepBounds
 
@@ -72,7 +72,13 @@ class StepGraphs:
     """
 
     def __init__(
-        self, stages: Stages, limits: StepLimits, device_memory: Tensor, *, record: Recorder
+        self,
+        stages: Stages,
+        limits: StepLimits,
+        packets: Packets,
+        device_memory: Tensor,
+        *,
+        record: Recorder,
     ):
         self._record = record
         self._stages = stages
@@ -84,7 +90,7 @@ class StepGraphs:
         )
         self._decodes = decode_sizes(limits.max_num_seqs)
         self._mixed = mixed_sizes(limits.max_num_batched_tokens)
-        self._packets: dict[tuple[int, Shape], Packet] = {}
+        self._packets = packets
         self._models: dict[Shape, Replay] = {}
         self._draws: dict[tuple[int, bool], Replay] = {}
         self._hidden = self._warm_up()  # [max_num_seqs, hidden_size]
@@ -104,11 +110,8 @@ class StepGraphs:
 
     def packet(self, memory: Tensor, shape: Shape) -> Packet:
         """A packet as graphs of this shape read it, over memory of the host or the device."""
-        key = memory.data_ptr(), shape
-        if key not in self._packets:
-            sizes = StepSizes(shape.num_seqs, shape.num_tokens, self._limits.max_num_seqs)
-            self._packets[key] = Packet.over(memory, sizes)
-        return self._packets[key]
+        sizes = StepSizes(shape.num_seqs, shape.num_tokens, self._limits.max_num_seqs)
+        return self._packets.over(memory, sizes)
 
     def capture_all(self) -> None:
         """Make all graphs but those of truncated draws, so that no request waits for one.

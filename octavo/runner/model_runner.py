@@ -15,7 +15,7 @@ from octavo.runner.graphs import Recorder, StepGraphs, cuda_recorder
 from octavo.runner.kv_storage import KVStorage
 from octavo.runner.layout import StepLayout, lay_out
 from octavo.runner.links import Readback, Uplink
-from octavo.runner.packet import Packet, StepSizes
+from octavo.runner.packet import Packet, Packets, StepSizes
 from octavo.runner.rows import NewBlocks, Row, Rows, StepLimits
 from octavo.runner.sampler import Drawn, sample
 from octavo.runner.stages import Stages, StepBounds
@@ -53,6 +53,7 @@ class ModelRunner:
         num_tokens = limits.max_num_batched_tokens
         largest = StepSizes(limits.max_num_seqs, num_tokens, num_tokens)
         self._uplink = Uplink(Packet.num_words(largest) + NEW_BLOCKS_WORDS, device)
+        self._packets = Packets()
         self._graphs: StepGraphs | None = None
         self._unread: PendingStep | None = None
 
@@ -85,7 +86,11 @@ class ModelRunner:
     def capture_graphs(self, recorder: Callable[[], Recorder] = cuda_recorder) -> None:
         """Replay graphs from now on."""
         self._graphs = StepGraphs(
-            self._stages, self._limits, self._uplink.device_memory, record=recorder()
+            self._stages,
+            self._limits,
+            self._packets,
+            self._uplink.device_memory,
+            record=recorder(),
         )
         self._graphs.capture_all()
 
@@ -123,7 +128,7 @@ class ModelRunner:
                 token_ids = graphs.draw(sizes.num_samples, truncates=truncates)
                 return Readback(token_ids, stages.device).wait
         else:
-            packet = self._send(step, partial(Packet.over, sizes=sizes), new_blocks)
+            packet = self._send(step, partial(self._packets.over, sizes=sizes), new_blocks)
             inputs = stages.allocate_inputs(sizes, step.bounds.max_context_len)
             hidden = stages.run_model(packet.shares, packet.draws, inputs, step.bounds)
         if not step.draw_rows:

@@ -76,6 +76,28 @@ class Packet:
         return cls(memory[:start], draws, StepShares(*sections[8:]))
 
 
+class Packets:
+    """Packets that were laid out before: to make a dozen views anew takes longer than to fill them.
+
+    Steps come in few sizes where graphs have them, or nothing but decodes runs.
+    """
+
+    MOST = 512
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, StepSizes], Packet] = {}
+
+    def over(self, memory: Tensor, sizes: StepSizes) -> Packet:
+        """As `Packet.over`. The memory must live as long as this."""
+        key = memory.data_ptr(), sizes
+        packet = self._known.get(key)
+        if packet is None:
+            if len(self._known) >= self.MOST:
+                self._known.clear()
+            packet = self._known[key] = Packet.over(memory, sizes)
+        return packet
+
+
 def _lengths(sizes: StepSizes) -> tuple[int, ...]:
     """Words of each section, in their order."""
     num_seqs, num_tokens, num_samples = sizes

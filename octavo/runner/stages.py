@@ -11,6 +11,7 @@ from torch import Tensor
 
 from octavo.kernels import (
     PREPARE_INPUTS,
+    RECORD_DRAWS,
     SAMPLE_TOKENS,
     AttentionBatch,
     Case,
@@ -22,8 +23,6 @@ from octavo.kernels import (
 from octavo.layers import StepContext
 from octavo.models import Model
 from octavo.runner.packet import Draws, StepSizes
-
-NOT_FINITE = -1  # in place of a drawn id, where the logits were no numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +54,7 @@ class Stages:
         case = Case(self.device.type, torch.float32)
         self._prepare = PREPARE_INPUTS.select(case).function
         self._draw = SAMPLE_TOKENS.select(case).function
+        self._record = RECORD_DRAWS.select(case).function
 
     def allocate_inputs(self, sizes: StepSizes, max_context_len: int) -> PreparedInputs:
         """Memory for the inputs of a step, uninitialised."""
@@ -118,6 +118,5 @@ class Stages:
             truncates=truncates,
         )
         token_ids, is_finite = self._draw(logits, options)
-        # A step that is planned already may still run a failed row on any id.
-        self._rows.last_token_ids.index_put_((draws.rows.long(),), token_ids)
-        return token_ids.masked_fill_(~is_finite, NOT_FINITE)
+        self._record(token_ids, is_finite, draws.rows, self._rows.last_token_ids)
+        return token_ids

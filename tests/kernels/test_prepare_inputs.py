@@ -7,12 +7,16 @@ import torch
 
 from octavo.kernels import (
     KNOWN_TO_THE_DEVICE,
+    NOT_FINITE,
     PREPARE_INPUTS,
     DeviceRows,
     PreparedInputs,
     StepShares,
 )
+from octavo.kernels.prepare_inputs import numpy_prepare_inputs
+from octavo.kernels.record_draws import RECORD_DRAWS, numpy_record_draws
 from octavo.kernels.triton_prepare_inputs import triton_prepare_inputs
+from octavo.kernels.triton_record_draws import triton_record_draws
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PADDING_SLOT = 9_999
@@ -56,7 +60,10 @@ def random_step(rng, *, block_size, num_fillers, num_spare_tokens):
     return shares, rows, expected, lengths + [0] * num_fillers
 
 
-@pytest.mark.parametrize("implementation", ["reference", "triton"])
+IMPLEMENTATIONS = ["reference", "triton"] + ["numpy"] * (DEVICE == "cpu")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("seed", range(25))
 def test_every_token_gets_its_id_position_and_slot(seed, implementation):
     rng = random.Random(seed)
@@ -73,7 +80,11 @@ def test_every_token_gets_its_id_position_and_slot(seed, implementation):
         torch.full((len(lengths),), -7, dtype=torch.int32, device=DEVICE),
         torch.full((len(lengths), 40), -7, dtype=torch.int32, device=DEVICE),
     )
-    prepare = {"reference": PREPARE_INPUTS.reference, "triton": triton_prepare_inputs}
+    prepare = {
+        "reference": PREPARE_INPUTS.reference,
+        "triton": triton_prepare_inputs,
+        "numpy": numpy_prepare_inputs,
+    }
     prepare[implementation](shares, rows, out, block_size=block_size, padding_slot=PADDING_SLOT)
     columns = (out.token_ids.tolist(), out.positions.tolist(), out.slots.tolist())
     assert list(zip(*columns, strict=True)) == expected
@@ -82,3 +93,23 @@ def test_every_token_gets_its_id_position_and_slot(seed, implementation):
         width = -(-length // block_size)
         row = int(shares.rows[b])
         assert torch.equal(out.block_tables[b, :width], rows.block_tables[row, :width])
+
+
+RECORDERS = {"reference": RECORD_DRAWS.reference, "triton": triton_record_draws}
+if DEVICE == "cpu":
+    RECORDERS["numpy"] = numpy_record_draws
+
+
+@pytest.mark.parametrize("implementation", RECORDERS)
+@pytest.mark.parametrize("num_draws", [0, 1, 7, 300])
+def test_a_draw_is_remembered_and_a_failed_one_is_marked(num_draws, implementation):
+    token_ids = torch.randint(0, 5000, (num_draws,), device=DEVICE)
+    is_finite = torch.rand(num_draws, device=DEVICE) < 0.7
+    rows = torch.randperm(400, device=DEVICE)[:num_draws].int()
+    last = torch.full((400,), 77, device=DEVICE)
+    seen = token_ids.clone()
+    RECORDERS[implementation](seen, is_finite, rows, last)
+    assert torch.equal(seen, torch.where(is_finite, token_ids, NOT_FINITE))
+    expected = torch.full((400,), 77, device=DEVICE)
+    expected[rows.long()] = token_ids
+    assert torch.equal(last, expected)

@@ -5,10 +5,9 @@ import pytest
 import torch
 
 from octavo.core import NewSequence, SamplingParams
-from octavo.kernels import SAMPLE_TOKENS, DrawOptions, sampling
+from octavo.kernels import NOT_FINITE, SAMPLE_TOKENS, DrawOptions, sampling
 from octavo.runner.rows import OptionColumns, Row
 from octavo.runner.sampler import sample
-from octavo.runner.stages import NOT_FINITE
 
 VOCAB_SIZE = 5003
 
