@@ -7,7 +7,8 @@ however many there are, and on however many threads. In attention a token's resu
 query and on the keys and values that it sees, and on nothing else: neither on other sequences nor
 on how a prompt was cut into chunks. Other machines may round otherwise; references promise nothing.
 The Triton ops on a GPU promise the same for other rows and sequences. Of attention they promise it
-for cuts too, as long as no piece is so short that it goes to the kernel for decodes.
+for cuts too, as long as no piece is so short that it goes to the kernel for decodes. Linears there
+take what is fastest for the number of rows, and so do not, unless `batch_invariant` is asked for.
 """
 
 from octavo.kernels.dispatch import Case, Choice, Op, reference_only

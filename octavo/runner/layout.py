@@ -40,7 +40,7 @@ class StepLayout:
             (shares.rows, self.row_indices, rows.nobody),
             (shares.starts, self.starts, 0),
             (shares.query_starts, self.query_starts, num_tokens),
-            (draws.positions, self.draw_positions, 0),
+            (draws.plain.positions, self.draw_positions, 0),
             (draws.index, self.draw_index, 0),
         ):
             numbers = section.numpy()
@@ -50,7 +50,7 @@ class StepLayout:
         indices = draws.rows.numpy()
         indices[:num_samples] = [row.index for row in self.draw_rows]
         indices[num_samples:] = rows.nobody
-        rows.options.gather(indices, draws)
+        rows.options.gather(indices, draws.plain)
 
     def truncates(self, rows: Rows) -> bool:
         """Whether some draw is from a part of the vocabulary only."""

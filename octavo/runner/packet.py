@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from octavo.kernels import StepShares
+from octavo.kernels import DrawOptions, StepShares
 
 ALIGNMENT = 4  # words; 16 bytes, so that kernels may read whole vectors
 
@@ -30,18 +30,26 @@ def _aligned(num_words: int) -> int:
 class Draws:
     """Which tokens yield logits, and how S tokens are drawn from them."""
 
-    seeds: Tensor  # [S] int64
-    positions: Tensor  # [S] int64: where the drawn token will stand
-    temperature: Tensor  # [S] fp32; 0 is greedy
-    top_p: Tensor  # [S] fp32
-    min_p: Tensor  # [S] fp32
-    top_k: Tensor  # [S] int32; 0 keeps all
+    plain: DrawOptions  # those of every row, for a step in which none truncates
+    truncating: DrawOptions  # the same columns
     rows: Tensor  # [S] int32: the row that each drawn token belongs to
     index: Tensor  # [S] int32: the token of the step whose hidden state each is drawn from
 
     def first(self, num_samples: int) -> "Draws":
         """Only so many of them."""
-        return Draws(*(getattr(self, f.name)[:num_samples] for f in fields(self)))
+        if num_samples == len(self.rows):
+            return self
+        columns = {
+            f.name: getattr(self.plain, f.name)[:num_samples]
+            for f in fields(DrawOptions)
+            if f.name != "truncates"
+        }
+        return Draws(
+            DrawOptions(**columns, truncates=False),
+            DrawOptions(**columns, truncates=True),
+            self.rows[:num_samples],
+            self.index[:num_samples],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +75,17 @@ class Packet:
         for length in _lengths(sizes):
             sections.append(memory[start : start + length])
             start += _aligned(length)
-        longs, floats, ints = sections[:2], sections[2:5], sections[5:8]
-        draws = Draws(
-            *(section.view(torch.int64) for section in longs),
-            *(section.view(torch.float32) for section in floats),
-            *ints,
-        )
+        seeds, positions, temperature, top_p, min_p, top_k, rows, index = sections[:8]
+        columns = {
+            "temperature": temperature.view(torch.float32),
+            "top_k": top_k,
+            "top_p": top_p.view(torch.float32),
+            "min_p": min_p.view(torch.float32),
+            "seeds": seeds.view(torch.int64),
+            "positions": positions.view(torch.int64),
+        }
+        plain, truncating = (DrawOptions(**columns, truncates=on) for on in (False, True))
+        draws = Draws(plain, truncating, rows, index)
         return cls(memory[:start], draws, StepShares(*sections[8:]))
 
 

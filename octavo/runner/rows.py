@@ -15,8 +15,7 @@ from torch import Tensor
 from octavo.config import ResolvedConfig
 from octavo.core import NewSequence, StepPlan
 from octavo.errors import IntegrityError
-from octavo.kernels import DeviceRows
-from octavo.runner.packet import Draws
+from octavo.kernels import DeviceRows, DrawOptions
 
 INT32_MAX = 2**31 - 1
 
@@ -126,14 +125,14 @@ class OptionColumns:
         shortened = options.top_k > 0 or options.top_p < 1.0 or options.min_p > 0.0
         self.truncates[index] = shortened and not greedy
 
-    def gather(self, indices: npt.NDArray[np.int32], draws: Draws) -> None:
+    def gather(self, indices: npt.NDArray[np.int32], options: DrawOptions) -> None:
         """Fill in the options of these rows [S]."""
         for column, section in (
-            (self.temperature, draws.temperature),
-            (self.top_k, draws.top_k),
-            (self.top_p, draws.top_p),
-            (self.min_p, draws.min_p),
-            (self.seeds, draws.seeds),
+            (self.temperature, options.temperature),
+            (self.top_k, options.top_k),
+            (self.top_p, options.top_p),
+            (self.min_p, options.min_p),
+            (self.seeds, options.seeds),
         ):
             np.take(column, indices, out=section.numpy())
 

@@ -16,7 +16,6 @@ from octavo.kernels import (
     AttentionBatch,
     Case,
     DeviceRows,
-    DrawOptions,
     PreparedInputs,
     StepShares,
 )
@@ -108,15 +107,7 @@ class Stages:
 
         Each row's last id on the device becomes the one drawn.
         """
-        options = DrawOptions(
-            temperature=draws.temperature,
-            top_k=draws.top_k,
-            top_p=draws.top_p,
-            min_p=draws.min_p,
-            seeds=draws.seeds,
-            positions=draws.positions,
-            truncates=truncates,
-        )
+        options = draws.truncating if truncates else draws.plain
         token_ids, is_finite = self._draw(logits, options)
         self._record(token_ids, is_finite, draws.rows, self._rows.last_token_ids)
         return token_ids
