@@ -106,6 +106,11 @@ class Op(Generic[F]):
         return Choice(self.name, REFERENCE, self.reference, tuple(passed_over))
 
 
+def needs_cpu(case: Case) -> str | None:
+    """For `register`: why what reads tensors as the host's memory cannot run a case."""
+    return None if case.device == "cpu" else f"made for cpu, not {case.device}"
+
+
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Within it every `select` chooses the reference. For tests, ablation and bug hunts."""

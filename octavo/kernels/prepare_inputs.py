@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from octavo.kernels.dispatch import Op
+from octavo.kernels.dispatch import Op, needs_cpu
 from octavo.kernels.native.support import refuse
-from octavo.kernels.record_draws import not_on_the_host
 from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 KNOWN_TO_THE_DEVICE = -1  # a token id that only the device knows: the row's last one
@@ -140,7 +139,7 @@ def numpy_prepare_inputs(
 
 
 PREPARE_INPUTS: Op[PrepareInputs] = Op("prepare_inputs", reference_prepare_inputs)
-PREPARE_INPUTS.register("numpy", numpy_prepare_inputs, not_on_the_host)
+PREPARE_INPUTS.register("numpy", numpy_prepare_inputs, needs_cpu)
 PREPARE_INPUTS.register_module(
     "triton", "octavo.kernels.triton_prepare_inputs:triton_prepare_inputs", unsupported_by_triton
 )

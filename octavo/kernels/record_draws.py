@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from octavo.kernels.dispatch import Case, Op
+from octavo.kernels.dispatch import Op, needs_cpu
 from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 NOT_FINITE = -1  # in place of a drawn id, where the logits were no numbers
@@ -44,13 +44,8 @@ def numpy_record_draws(
     ids[~is_finite.numpy()] = NOT_FINITE
 
 
-def not_on_the_host(case: Case) -> str | None:
-    """Why numpy cannot run a case, or None."""
-    return None if case.device == "cpu" else f"made for cpu, not {case.device}"
-
-
 RECORD_DRAWS: Op[RecordDraws] = Op("record_draws", reference_record_draws)
-RECORD_DRAWS.register("numpy", numpy_record_draws, not_on_the_host)
+RECORD_DRAWS.register("numpy", numpy_record_draws, needs_cpu)
 RECORD_DRAWS.register_module(
     "triton", "octavo.kernels.triton_record_draws:triton_record_draws", unsupported_by_triton
 )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.config import ResolvedConfig
+from octavo.errors import IntegrityError
 from octavo.kernels import LINEAR, Case, Choice
 from octavo.layers import Build, KernelReport, finish_layers
 from octavo.models import create_model
@@ -28,10 +29,10 @@ class _NoWeight:
         return self._choice
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        raise NotImplementedError("a model without weights computes nothing")
+        raise IntegrityError("a model without weights was asked to compute")
 
     def gather_rows(self, ids: Tensor) -> Tensor:
-        raise NotImplementedError("a model without weights computes nothing")
+        raise IntegrityError("a model without weights was asked to compute")
 
 
 class NoWeights:

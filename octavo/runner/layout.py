@@ -24,6 +24,7 @@ class StepLayout:
     token_ids: list[int]  # [T]
     draw_index: list[int]  # [S]: the token that each draw follows
     draw_positions: list[int]  # [S]: where the drawn token will stand
+    draw_row_indices: list[int]  # [S]
     draw_rows: list[Row]  # [S]; a draft's is the row as if it and those before it were right
     bounds: StepBounds
 
@@ -48,13 +49,13 @@ class StepLayout:
             numbers[len(values) :] = filler
         shares.token_ids.numpy()[:num_tokens] = self.token_ids
         indices = draws.rows.numpy()
-        indices[:num_samples] = [row.index for row in self.draw_rows]
+        indices[:num_samples] = self.draw_row_indices
         indices[num_samples:] = rows.nobody
         rows.options.gather(indices, draws.plain)
 
     def truncates(self, rows: Rows) -> bool:
         """Whether some draw is from a part of the vocabulary only."""
-        return bool(np.any(rows.options.truncates[[row.index for row in self.draw_rows]]))
+        return bool(np.any(rows.options.truncates[self.draw_row_indices]))
 
 
 def lay_out(shares: tuple[ScheduledTokens, ...], rows: list[Row]) -> StepLayout:
@@ -98,6 +99,7 @@ def lay_out(shares: tuple[ScheduledTokens, ...], rows: list[Row]) -> StepLayout:
         token_ids,
         draw_index,
         draw_positions,
+        [row.index for row in draw_rows],
         draw_rows,
         StepBounds(max_query_len, max_context_len),
     )
