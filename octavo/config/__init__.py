@@ -17,6 +17,7 @@ from octavo.config.resolve import (
     ResolvedConfig,
     Setting,
     resolve,
+    with_eager_steps,
     with_kv_cache_bytes,
 )
 from octavo.config.step_sizes import decode_sizes, mixed_sizes
@@ -41,5 +42,6 @@ __all__ = [
     "mixed_sizes",
     "option",
     "resolve",
+    "with_eager_steps",
     "with_kv_cache_bytes",
 ]

@@ -283,6 +283,13 @@ def _with_max_model_len(
     return dataclasses.replace(config, max_model_len=max_model_len, settings=tuple(ledger.settings))
 
 
+def with_eager_steps(config: ResolvedConfig, why: str) -> ResolvedConfig:
+    """`config` without CUDA graphs, because of what was found after it was decided."""
+    changed = Setting("enforce_eager", True, "device", why)
+    settings = {setting.name: setting for setting in config.settings} | {changed.name: changed}
+    return dataclasses.replace(config, enforce_eager=True, settings=tuple(settings.values()))
+
+
 def with_kv_cache_bytes(config: ResolvedConfig, kv_cache_bytes: int) -> ResolvedConfig:
     """`config` with the KV memory that was measured, and a context that fits it."""
     measured = dataclasses.replace(config, kv_cache_bytes=kv_cache_bytes)

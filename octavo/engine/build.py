@@ -1,7 +1,7 @@
 """From options to a running engine core: the one place that puts all parts together."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,12 +16,15 @@ from octavo.config import (
     ResolvedConfig,
     locate,
     resolve,
+    with_eager_steps,
     with_kv_cache_bytes,
 )
 from octavo.core import Launch
 from octavo.engine.core import EngineCore
 from octavo.engine.kv_tiers import open_disk
 from octavo.engine.memory_report import MemoryMeter, MemoryReport
+from octavo.kernels import PAGED_ATTENTION
+from octavo.kernels.dispatch import REFERENCE
 from octavo.kvcache import Allocator, TieredAllocator
 from octavo.layers import Build, KernelReport, finish_layers, kv_specs
 from octavo.models import Model, create_model
@@ -92,7 +95,9 @@ def build_engine(
     with phase("lay out weights for kernels"):
         kernels = finish_layers(model)
         memory.weights_are_laid_out(model)
-    if config.device == "cuda":
+    if config.device == "cuda" and reads_lengths_on_the_host(kernels):
+        config = with_eager_steps(config, "attention runs in plain torch, which no graph can hold")
+    elif config.device == "cuda":
         with phase("compile kernels"):
             compile_kernels(model, config)
     with phase("allocate KV cache"):
@@ -116,6 +121,14 @@ def build_engine(
     core = EngineCore(scheduler, runner, launch=launch, check_integrity=check_integrity)
     report = memory.report()
     return BuiltEngine(core, checkpoint, config, num_blocks, kernels, report, storage, thread)
+
+
+def reads_lengths_on_the_host(kernels: Iterable[KernelReport]) -> bool:
+    """Whether a step waits for the device halfway: the reference of attention does."""
+    return any(
+        report.choice.op == PAGED_ATTENTION.name and report.choice.name == REFERENCE
+        for report in kernels
+    )
 
 
 def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
