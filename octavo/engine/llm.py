@@ -106,7 +106,9 @@ class LLM:
         encoded = self._encode(prompt)
         batch = _Batch(self._engine, self._tokenizer)
         try:
-            batch.add(str(next(self._ids)), encoded, sampling_params or SamplingParams())
+            sampling = sampling_params or SamplingParams()
+            batch.check(encoded, sampling)
+            batch.add(str(next(self._ids)), encoded, sampling)
             while batch.open:
                 for _, delta in batch.step():
                     yield delta
@@ -184,8 +186,7 @@ class _Batch:
         )
 
     def add(self, request_id: str, prompt: _Prompt, sampling: SamplingParams) -> None:
-        """Queue the `n` answers to a prompt."""
-        self.check(prompt, sampling)
+        """Queue the `n` answers to a prompt that was checked."""
         template = Request(
             request_id=request_id,
             prompt_token_ids=prompt.token_ids,
