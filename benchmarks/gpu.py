@@ -1,8 +1,9 @@
 """All GPU workloads beside the peer's figures: `python benchmarks/gpu.py`, on one H100.
 
-For each shape: the offline workloads on one engine, in the order in which the peer ran them; starts
-with cold and warm kernel caches; a server under load. Each part has processes of its own, one after
-the other, so that none finds the device in use. Weights are random, prompts are random token ids.
+For each shape: the offline workloads on one engine, in the order in which the peer ran them; one of
+them again on a batch-invariant engine; starts with cold and warm kernel caches; a server under
+load. Each part has processes of its own, one after the other, so that none finds the device in use.
+Weights are random, prompts are random token ids.
 Writes benchmarks/results/h100.json after each part: a list of rows, for `octavo bench report`. What
 they are compared with, and which rows there are, is in benchmarks/peers_h100.json.
 """
@@ -61,8 +62,9 @@ OPTIONS: dict[str, Any] = {
     "gpu_memory_utilization": 0.9,
     "enable_prefix_caching": False,
 }
+BATCH_INVARIANT = " batch-invariant"  # how names end of workloads that run on such an engine
 # Parts end by these shares of the time for a shape, unless even one run of each takes longer.
-OFFLINE_SHARE, STARTUP_SHARE = 0.5, 0.65
+OFFLINE_SHARE, BATCH_INVARIANT_SHARE, STARTUP_SHARE = 0.5, 0.62, 0.75
 # A first load that does not count, as the first run of offline workloads does not.
 WARM_UP = ServeSetup(num_prompts=32, seed=2)
 WARM_UP_RATE = 16.0
@@ -96,27 +98,56 @@ class Run:
     begun_s: float = field(default_factory=time.monotonic)
     smoke: bool = False
 
-    def wants(self, prefix: str) -> list[str]:
-        """Wanted workloads whose names begin so."""
+    def wants(self, part: str) -> list[str]:
+        """Wanted workloads of a part."""
         names = dict.fromkeys(goal.workload for goal in self.goals)
-        return [name for name in names if name.startswith(prefix)]
+        return [name for name in names if part_of(name) == part]
 
     def left_s(self, share: float = 1.0) -> float:
         """Seconds until this share of the time is over."""
         return self.begun_s + share * (self.end_s - self.begun_s) - time.monotonic()
 
 
+def part_of(workload: str) -> str:
+    """The part that measures a workload, and no other does: the name of its function."""
+    if workload.endswith(BATCH_INVARIANT):
+        return "batch_invariant"
+    kind = workload.split()[0]
+    return kind if kind in ("startup", "serve") else "offline"
+
+
 Values = dict[tuple[str, str], list[float]]  # of each run, by (workload, metric)
 
 
 def offline(run: Run, values: Values) -> None:
-    """The suite in a child; the first value of each list is of the run that found all cold."""
+    """The suite; the first value of each list is of the run that found all cold."""
+    names = run.wants("offline")
+    for figure in suite_figures(run, run.options, names, end_share=OFFLINE_SHARE):
+        note(values, figure.workload, figure.metric, figure.value)
+
+
+def batch_invariant(run: Run, values: Values) -> None:
+    """What it costs that logits have the same bits in any batch: the same work as without."""
+    options = run.options | {"determinism": "batch-invariant"}
+    names = [name.removesuffix(BATCH_INVARIANT) for name in run.wants("batch_invariant")]
+    for figure in suite_figures(run, options, names, end_share=BATCH_INVARIANT_SHARE):
+        note(values, figure.workload + BATCH_INVARIANT, figure.metric, figure.value)
+
+
+def suite_figures(
+    run: Run, options: dict[str, Any], names: list[str], *, end_share: float
+) -> Iterator[Figure]:
+    """The suite's figures, from a child, as they come.
+
+    Raises:
+        OctavoError: the child failed, after what it had measured by then.
+    """
     order = SuiteOrder(
         model=str(run.model),
-        options=run.options,
-        only=run.wants(""),
+        options=options,
+        only=names,
         repeats=run.repeats,
-        budget_s=run.left_s(OFFLINE_SHARE),
+        budget_s=run.left_s(end_share),
         divisor=SMALL_DIVISOR if run.smoke else 1,
     )
     command = [sys.executable, "-m", "octavo.bench.suite"]
@@ -126,8 +157,7 @@ def offline(run: Run, values: Values) -> None:
         child.stdin.close()
         for line in child.stdout:
             if line.startswith(b"{"):
-                figure = msgspec.json.decode(line, type=Figure)
-                note(values, figure.workload, figure.metric, figure.value)
+                yield msgspec.json.decode(line, type=Figure)
     if child.returncode:
         raise OctavoError(f"the offline workloads ended with code {child.returncode}")
 
@@ -135,7 +165,7 @@ def offline(run: Run, values: Values) -> None:
 def note(values: Values, workload: str, metric: str, value: float) -> None:
     """Keep a value, and show it."""
     values.setdefault((workload, metric), []).append(value)
-    print(f"  {workload:<18}{metric:<14}{shown(value):>12}", flush=True)
+    print(f"  {workload:<28}{metric:<14}{shown(value):>12}", flush=True)
 
 
 def startup(run: Run, values: Values) -> None:
@@ -143,7 +173,7 @@ def startup(run: Run, values: Values) -> None:
     count, took_s = 1, 0.0
     while count > 0:
         begun_s = time.monotonic()
-        cold = count if run.wants("startup cold") and not run.smoke else 0
+        cold = count if "startup cold" in run.wants("startup") and not run.smoke else 0
         for start in measure_startup(
             str(run.model),
             run.options,
@@ -206,13 +236,9 @@ def run_shape(run: Run, header: Header, output: Path, order: Sequence[Goal]) -> 
     What was measured before a failure is as good as any other figure.
     """
     succeeded = True
-    parts = (
-        (offline, any(not w.startswith(("startup", "serve")) for w in run.wants("")), False),
-        (startup, bool(run.wants("startup")), True),
-        (serve, bool(run.wants("serve")), True),
-    )
-    for part, wanted, first_counts in parts:
-        if not wanted:
+    parts = ((offline, False), (batch_invariant, False), (startup, True), (serve, True))
+    for part, first_counts in parts:
+        if not run.wants(part.__name__):
             continue
         print(f"{run.shape}, {part.__name__}:", flush=True)
         values: Values = {}

@@ -19,6 +19,7 @@ from octavo.bench.report import (
     read_rows,
     write_rows,
 )
+from octavo.bench.suite import Figure, peer_workloads
 from octavo.cli import main
 from octavo.errors import ConfigError, OctavoError
 
@@ -149,7 +150,51 @@ def test_only_takes_names_or_their_first_words(gpu):
     assert names("decode bs1") == {"decode bs1"}
     assert names("decode") == {"decode bs1", "decode bs32", "decode bs128"}
     assert len(names("serve")) == 5
-    assert names("offline256", "startup cold") == {"offline256", "startup cold"}
+    assert names("offline256", "startup cold") == {
+        "offline256",
+        "offline256 batch-invariant",
+        "startup cold",
+    }
+    assert names("offline256 batch-invariant") == {"offline256 batch-invariant"}
+
+
+def test_each_workload_is_measured_by_one_part(gpu):
+    _, goals = gpu.read_goals()
+    run = gpu.Run(shape="s", model=Path(), options={}, goals=goals, repeats=1, end_s=0.0)
+    found = {part: run.wants(part) for part in ("offline", "batch_invariant", "startup", "serve")}
+    names = sum(found.values(), [])
+    assert len(set(names)) == len(names)
+    assert set(names) == {goal.workload for goal in goals}
+    assert found["batch_invariant"] == ["offline256 batch-invariant"]
+    assert found["offline"] == [workload.name for workload in peer_workloads(512)[1]]
+
+
+def test_batch_invariance_costs_a_row_and_an_engine_of_its_own(gpu, monkeypatch, tmp_path):
+    asked = []
+
+    def suite_figures(run, options, names, *, end_share):
+        asked.append((options, names))
+        for name in names:
+            yield Figure(workload=name, metric="throughput", run=0, value=float(len(asked)))
+
+    monkeypatch.setattr(gpu, "suite_figures", suite_figures)
+    _, goals = gpu.read_goals()
+    shape = goals[0].shape
+    wanted = [g for g in goals if g.shape == shape and gpu.is_wanted(g, ["offline256"])]
+    options = {"dtype": "bfloat16"}
+    run = gpu.Run(shape=shape, model=Path(), options=options, goals=wanted, repeats=1, end_s=0.0)
+    output = tmp_path / "rows.json"
+    write_rows(output, [])
+    assert gpu.run_shape(run, HEADER, output, goals)
+    assert asked == [
+        (options, ["offline256"]),
+        (options | {"determinism": "batch-invariant"}, ["offline256"]),
+    ]
+    plain, invariant = read_rows(output)
+    assert (plain.workload, plain.value) == ("offline256", 1.0)
+    assert (invariant.workload, invariant.value) == ("offline256 batch-invariant", 2.0)
+    assert invariant.ratio is None and invariant.is_met is None
+    assert invariant.roofline == plain.roofline
 
 
 def test_the_first_run_counts_only_where_it_is_alone(gpu):
@@ -173,12 +218,13 @@ def test_one_command_runs_all_parts(gpu, tmp_path):
     write_rows(output, [kept])
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--smoke"]
     command += ["--shape", "llama-3.1-8b", "--output", str(output), "--repeats", "1"]
-    command += ["--only", "decode bs1", "startup warm", "serve inf", "--commit", "c0ffee"]
+    only = ["decode bs1", "offline256 batch-invariant", "startup warm", "serve inf"]
+    command += ["--only", *only, "--commit", "c0ffee"]
     command += ["--device", "cpu", "--num-threads", "1", "--kv-cache-memory-bytes", str(2**24)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = read_rows(output)
-    assert {r.workload for r in rows} == {"decode bs1", "startup warm", "serve inf", "w"}
+    assert {r.workload for r in rows} == {*only, "w"}
     assert kept in rows
     ours = [r for r in rows if r.shape == "llama-3.1-8b, tiny"]
     assert all(r.commit == "c0ffee" and r.peer is None and r.value > 0 for r in ours)
