@@ -15,11 +15,15 @@ from torch import Tensor
 from octavo.kernels import native
 from octavo.kernels.dispatch import Case, Op
 from octavo.kernels.native import support
+from octavo.kernels.triton_support import needs_hopper
 from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 NATIVE_BLOCK_SIZE = 16
 NATIVE_MAX_GROUP = 96  # query heads on one kv head
 TRITON_MAX_DIM = 256
+HOPPER_DIMS = (64, 128)
+HOPPER_MAX_GROUP = 64
+HOPPER_LEAST_BLOCK_SIZE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +135,19 @@ def _unsupported_by_triton(case: Case) -> str | None:
     return unsupported_by_triton(case)
 
 
+def _unsupported_by_hopper(case: Case) -> str | None:
+    sizes = case.sizes
+    block_size, dim = sizes.get("block_size", NATIVE_BLOCK_SIZE), sizes.get("head_dim", 0)
+    group = sizes.get("num_heads", 1) // sizes.get("num_kv_heads", 1)
+    if case.dtype.itemsize != 2 or dim not in HOPPER_DIMS:
+        return f"made for 16-bit values and heads of {HOPPER_DIMS[0]} or {HOPPER_DIMS[1]}"
+    if group & (group - 1) or group > HOPPER_MAX_GROUP:
+        return f"made for a power of two of heads on one kv head, up to {HOPPER_MAX_GROUP}"
+    if block_size & (block_size - 1) or block_size < HOPPER_LEAST_BLOCK_SIZE:
+        return f"made for blocks of a power of two, from {HOPPER_LEAST_BLOCK_SIZE} tokens on"
+    return needs_hopper(case) or unsupported_by_triton(case)
+
+
 def _unsupported_by_invariant(case: Case) -> str | None:
     if not case.sizes.get("batch_invariant"):
         return "batch invariance was not asked for"
@@ -143,6 +160,11 @@ PAGED_ATTENTION.register_module(
     "triton-invariant",
     "octavo.kernels.triton_paged_attention:triton_invariant_paged_attention",
     _unsupported_by_invariant,
+)
+PAGED_ATTENTION.register_module(
+    "hopper",
+    "octavo.kernels.hopper_prompt_attention:hopper_paged_attention",
+    _unsupported_by_hopper,
 )
 PAGED_ATTENTION.register_module(
     "triton",

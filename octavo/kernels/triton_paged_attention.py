@@ -1,13 +1,16 @@
 """Causal attention over the paged KV cache in Triton: one kernel for few queries, one for many.
 
 Owns the choice and the kernel for many queries, a running softmax (arXiv 2205.14135, algorithm 1);
-`triton_decode_attention` has the other. Does not know requests, nor how blocks were allocated.
+`triton_decode_attention` has the other, `hopper_prompt_attention` a faster one for many. Does not
+know requests, nor how blocks were allocated.
 
 Both kernels read every length on the device, so a CUDA graph captured at bounds serves any batch
 within them: sequences past the last real one have no queries and a context of 0.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import triton
 import triton.language as tl
@@ -42,6 +45,21 @@ TILES = {
 }
 
 
+class AttendWithMany(Protocol):
+    def __call__(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        out: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        *,
+        few: int,
+    ) -> None:
+        """Writes the rows of `out` [T, Hq, D] of the sequences with more than `few` queries."""
+        ...
+
+
 def triton_paged_attention(
     query: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float
 ) -> Tensor:
@@ -50,12 +68,26 @@ def triton_paged_attention(
     A query that sees nothing (a context of 0) and a token of no sequence (beyond query_starts[B])
     get zeros. `max_query_len` may be any bound; `max_context_len` is not looked at.
     """
+    return attend_to_all(query, kv_cache, batch, scale, attend_with_many_queries)
+
+
+def attend_to_all(
+    query: Tensor,
+    kv_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    attend_with_many: AttendWithMany,
+) -> Tensor:
+    """PagedAttention by two kernels: one for the sequences with few queries, and this for others.
+
+    Which sequences those are is found on the device, by each kernel for itself.
+    """
     out = _empty_result(query, kv_cache, batch)
     num_tokens, num_heads, _ = query.shape
     few = most_queries(num_heads // kv_cache.shape[2])
     if num_tokens and len(batch.context_lens):
         if min(batch.max_query_len, num_tokens) > few:
-            _attend_with_many_queries(query, kv_cache, out, batch, scale, few=few)
+            attend_with_many(query, kv_cache, out, batch, scale, few=few)
         # Always: that no sequence has few queries cannot be told from bounds.
         attend_with_few_queries(query, kv_cache, out, batch, scale)
     return out
@@ -71,7 +103,7 @@ def triton_invariant_paged_attention(
     """
     out = _empty_result(query, kv_cache, batch).zero_()  # tokens of no sequence are not written
     if len(query) and len(batch.context_lens):
-        _attend_with_many_queries(query, kv_cache, out, batch, scale, few=0)
+        attend_with_many_queries(query, kv_cache, out, batch, scale, few=0)
     return out
 
 
@@ -89,7 +121,7 @@ def _empty_result(query: Tensor, kv_cache: Tensor, batch: AttentionBatch) -> Ten
     return out if len(batch.context_lens) else out.zero_()
 
 
-def _attend_with_many_queries(
+def attend_with_many_queries(
     query: Tensor,
     kv_cache: Tensor,
     out: Tensor,

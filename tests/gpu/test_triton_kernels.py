@@ -26,6 +26,9 @@ from octavo.kernels import (
 )
 
 triton_decode_attention = pytest.importorskip("octavo.kernels.triton_decode_attention")
+triton_paged_attention = pytest.importorskip(
+    "octavo.kernels.triton_paged_attention"
+).triton_paged_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +39,8 @@ pytestmark = [
 ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 5e-6}
 DTYPES = list(ERROR)
 HEADS = [(32, 8, 128), (16, 8, 128), (9, 3, 64), (4, 4, 80), (3, 1, 96), (4, 2, 256), (40, 1, 64)]
+HOPPER_HEADS = [(32, 8, 128), (16, 8, 128), (4, 4, 64), (64, 1, 128), (8, 1, 64)]
+ATTENTIONS = pytest.mark.parametrize("name", ["triton", "hopper"])
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +64,16 @@ def chosen(op, dtype: torch.dtype = torch.bfloat16, **sizes: int):
     return choice.function
 
 
+def attention_named(name: str, dtype: torch.dtype = torch.bfloat16, **sizes: int):
+    """One of the two attentions, whichever the dispatch would choose; skips what it refuses."""
+    if name == "triton":
+        return triton_paged_attention
+    choice = PAGED_ATTENTION.select(Case("cuda", dtype, sizes))
+    if choice.name != name:
+        pytest.skip(dict(choice.passed_over)[name])
+    return choice.function
+
+
 def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, device="cuda").to(dtype)
 
@@ -73,10 +88,14 @@ def around(page: int) -> int:
     return max(1, 16 * page + random.choice([-1, 0, 1]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
-def test_attention_on_random_batches(dtype, heads, kv_heads, dim):
-    attention = chosen(PAGED_ATTENTION, dtype, head_dim=dim)
+@pytest.mark.parametrize(
+    ("name", "dtype", "heads", "kv_heads", "dim"),
+    [("triton", dtype, *heads) for dtype in DTYPES for heads in HEADS]
+    + [("hopper", dtype, *heads) for dtype in DTYPES[:2] for heads in HOPPER_HEADS],
+)
+def test_attention_on_random_batches(name, dtype, heads, kv_heads, dim):
+    sizes = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": dim}
+    attention = attention_named(name, dtype, **sizes)
     for _ in range(3):
         lengths = [(1, around(random.randint(0, 80))) for _ in range(12)]
         lengths += [(random.randint(2, 40), 40 + around(random.randint(0, 40))) for _ in range(5)]
@@ -99,24 +118,27 @@ def test_attention_on_random_batches(dtype, heads, kv_heads, dim):
     ],
     ids=["long decodes", "long prefill", "many decodes", "prefill"],
 )
-def test_attention_over_long_contexts(dtype, lengths):
-    attention = chosen(PAGED_ATTENTION, dtype, head_dim=128)
+@ATTENTIONS
+def test_attention_over_long_contexts(name, dtype, lengths):
+    attention = attention_named(name, dtype, head_dim=128)
     pages = Pages(lengths, 8, 2, 128, dtype, device="cuda")
     ours = attention(pages.query, pages.kv_cache, pages.batch, 128**-0.5)
     close(ours, pages.expected(128**-0.5))
 
 
-@pytest.mark.parametrize("block_size", [8, 32, 128])
-def test_attention_over_other_block_sizes(block_size):
-    attention = chosen(PAGED_ATTENTION, head_dim=64, block_size=block_size)
-    lengths = [(1, 700), (90, 300), (3, 40), (33, 33)]
-    pages = Pages(lengths, 6, 2, 64, torch.bfloat16, block_size, "cuda")
+@pytest.mark.parametrize("block_size", [8, 32, 128, 256])
+@ATTENTIONS
+def test_attention_over_other_block_sizes(name, block_size):
+    attention = attention_named(name, head_dim=64, block_size=block_size)
+    lengths = [(1, 700), (90, 300), (3, 40), (33, 33), (200, 1000)]
+    pages = Pages(lengths, 8, 2, 64, torch.bfloat16, block_size, "cuda")
     ours = attention(pages.query, pages.kv_cache, pages.batch, 0.125)
     close(ours, pages.expected(0.125))
 
 
-def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
-    attention = chosen(PAGED_ATTENTION, head_dim=128)
+@ATTENTIONS
+def test_a_sequence_has_the_same_bits_alone_and_in_a_batch(name):
+    attention = attention_named(name, head_dim=128)
     lengths = [(1, 1), (1, 256), (1, 257), (1, 3000), (1, 9000), (600, 900), (4, 5000), (17, 17)]
     pages = Pages(lengths, 32, 8, 128, torch.bfloat16, device="cuda")
     batch = pages.batch
@@ -136,7 +158,7 @@ def test_a_sequence_has_the_same_bits_alone_and_in_a_batch():
 
 def test_a_prompt_has_the_same_bits_however_it_was_cut():
     """As long as no piece is so short that the split kernel takes it."""
-    attention = chosen(PAGED_ATTENTION, head_dim=128)
+    attention = attention_named("triton")
     pages = Pages([(1000, 1000)], 8, 2, 128, torch.bfloat16, device="cuda")
     whole = attention(pages.query, pages.kv_cache, pages.batch, 0.1)
     for cut in (5, 64, 333):
@@ -167,10 +189,11 @@ def test_offsets_beyond_two_to_the_31():
     KV_WRITE.reference(key, value, small, slots)
     lengths = (torch.tensor([0, 1, 70]).int().cuda(), torch.tensor([70, 70]).int().cuda())
     tables = torch.arange(5).int().cuda().expand(2, 5).contiguous()
-    attention = chosen(PAGED_ATTENTION, head_dim=dim)
-    ours = attention(query, cache, AttentionBatch(*lengths, tables + first, 69, 70), 0.1)
     batch = AttentionBatch(*lengths, tables, 69, 70)
-    close(ours, PAGED_ATTENTION.reference(query.float(), small.float(), batch, 0.1))
+    expected = PAGED_ATTENTION.reference(query.float(), small.float(), batch, 0.1)
+    far = AttentionBatch(*lengths, tables + first, 69, 70)
+    close(triton_paged_attention(query, cache, far, 0.1), expected)
+    close(attention_named("hopper", head_dim=dim)(query, cache, far, 0.1), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,6 +238,7 @@ def test_rotation_norm_and_cache_write_on_random_shapes(dtype, heads, kv_heads, 
             views = [part.unflatten(1, (-1, dim)) for part in qkv.split(sizes, dim=1)]
             weights = [w.to(as_dtype) if isinstance(w, Tensor) else w for w in weights]
             function(*views, positions, angles, cache, slots, *weights)
+            views[1].zero_()  # what is left there is not said
             return qkv, cache
 
         ours, ours_cache = run(chosen(op, dtype, head_dim=dim), dtype)
@@ -298,12 +322,14 @@ MIXES = [
     [(DECODES, 32, 32, 1), (MIXES, 256, 1024, 1024)],
     ids=["decodes", "mixed"],
 )
-@pytest.mark.parametrize("heads", [32, 16])
+@pytest.mark.parametrize(
+    ("name", "heads"), [("triton", 32), ("triton", 16), ("hopper", 32), ("hopper", 16)]
+)
 def test_a_graph_captured_at_bounds_serves_smaller_batches(
-    batches, num_sequences, num_tokens, longest, heads
+    batches, num_sequences, num_tokens, longest, name, heads
 ):
     """Lengths are read on the device, and what a replay counts with is left as it was found."""
-    attention = chosen(PAGED_ATTENTION, head_dim=128)
+    attention = attention_named(name, head_dim=128)
     starts, lengths = (torch.zeros(num_sequences + more).int().cuda() for more in (1, 0))
     tables = torch.zeros(num_sequences, 8192).int().cuda()
     static = AttentionBatch(starts, lengths, tables, longest, 131_072)
@@ -334,7 +360,7 @@ def test_a_graph_captured_at_bounds_serves_smaller_batches(
 
 def test_who_adds_the_parts_changes_no_bit(monkeypatch):
     """From tiles of 64 tokens to whole contexts, as one program's work."""
-    attention = chosen(PAGED_ATTENTION, head_dim=128)
+    attention = attention_named("triton")
     for heads in (32, 16):
         lengths = [(1, 20_000), (1, 3000), (1, 640), (2, 8193), (1, 40_000)]
         pages = Pages(lengths, heads, 8, 128, torch.bfloat16, device="cuda")
