@@ -30,7 +30,7 @@ class QkNormRotaryKvWrite(Protocol):
         key_weight: Tensor,
         eps: float,
     ) -> None:
-        """As RotaryKvWrite, after each head of query and key went through `RmsNorm` in place.
+        """As RotaryKvWrite, after each head of query and key went through `RmsNorm`.
 
         query_weight and key_weight [D] are in the heads' dtype.
         """

@@ -30,10 +30,11 @@ class RotaryKvWrite(Protocol):
         kv_cache: Tensor,
         slots: Tensor,
     ) -> None:
-        """Rotates query [T, Hq, D] and key [T, Hkv, D] in place, then writes key and value.
+        """Rotates query [T, Hq, D] in place, and writes the rotated key [T, Hkv, D] and value.
 
-        All three may be strided views into one fused qkv tensor. positions [T] int64 selects rows
-        of cos_sin [max_positions, D] fp32: D/2 cosines, then D/2 sines. For the rest see `KvWrite`.
+        What `key` holds afterwards is not said: who attends reads it in the cache. All three may be
+        strided views into one fused qkv tensor. positions [T] int64 selects rows of cos_sin
+        [max_positions, D] fp32: D/2 cosines, then D/2 sines. For the rest see `KvWrite`.
         """
         ...
 

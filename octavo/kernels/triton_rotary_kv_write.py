@@ -271,8 +271,6 @@ def _rotary_kv_write(
             first, second = _turned(
                 keys, first_weight, second_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM
             )
-            tl.store(keys + half, first, mask=there)
-            tl.store(keys + DIM // 2 + half, second, mask=there)
             tl.store(cached + half, first, mask=there)
             tl.store(cached + DIM // 2 + half, second, mask=there)
         else:

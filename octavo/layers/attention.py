@@ -82,7 +82,7 @@ class Attention(Layer):
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: StepContext) -> Tensor:
         """query [T, Hq, D], key and value [T, Hkv, D] (strided views) -> [T, Hq, D].
 
-        With a rotary, query and key are changed in place.
+        With a rotary, query and key are overwritten.
         """
         cache, slots = context.kv_caches[self._layer], context.slots
         if self._cos_sin is None:

@@ -95,13 +95,14 @@ class Step:
         self.cache = torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
 
     def run(self, op, *more) -> tuple[Tensor, Tensor]:
-        """What the op makes of copies of qkv and the cache."""
+        """What the op makes of copies of qkv (but for the keys there) and the cache."""
         qkv, cache = self.qkv.clone(), self.cache.clone()
         views = [part.unflatten(1, (-1, self.dim)) for part in qkv.split(self.sizes, dim=1)]
         if op in (KV_WRITE.reference, triton_kv_write):
             op(*views[1:], cache, self.slots)
         else:
             op(*views, *self.angles, cache, self.slots, *more)
+        views[1].zero_()
         return qkv, cache
 
     def check(self, op, reference, *more) -> None:
