@@ -1,6 +1,7 @@
 """A request as the engine knows it: token ids in, token ids out. Knows no text and no tensors."""
 
 import enum
+import struct
 from collections.abc import Sequence as SequenceOf
 
 import msgspec
@@ -87,15 +88,27 @@ def check_prompt(token_ids: SequenceOf[int], *, vocab_size: int) -> None:
     """
     if not token_ids:
         raise RequestError("the prompt is empty", param="prompt")
-    # Whole passes in C: in a batch of long prompts this loop would hold the device up.
-    if not all(issubclass(kind, int) and kind is not bool for kind in set(map(type, token_ids))):
-        raise RequestError("prompt token ids must be integers", param="prompt")
-    least, most = min(token_ids), max(token_ids)
-    if least < 0 or most >= vocab_size:
-        outside = least if least < 0 else most
-        raise RequestError(
-            f"token id {outside} is outside the vocabulary of {vocab_size}", param="prompt"
-        )
+    if _all_below(vocab_size, token_ids):
+        return
+    for token_id in token_ids:
+        if not isinstance(token_id, int):
+            raise RequestError("prompt token ids must be integers", param="prompt")
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"token id {token_id} is outside the vocabulary of {vocab_size}", param="prompt"
+            )
+
+
+def _all_below(limit: int, numbers: SequenceOf[int]) -> bool:
+    """Whether these are integers from 0 to limit - 1.
+
+    Two passes in C: in a batch of long prompts a loop would hold the device up.
+    """
+    try:
+        struct.pack(f"{len(numbers)}I", *numbers)
+    except struct.error:
+        return False
+    return max(numbers) < limit
 
 
 def check_sampling_ids(sampling: SamplingParams, *, vocab_size: int) -> None:

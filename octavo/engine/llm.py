@@ -1,9 +1,11 @@
 """`LLM`: the engine in the caller's process, for offline work. Knows no sockets and no HTTP."""
 
+import gc
 import itertools
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -19,6 +21,7 @@ from octavo.text import NoTokenizer, Tokenizer, load_tokenizer
 # Text, token ids, or a mapping with "prompt" or "prompt_token_ids", and perhaps "cache_salt".
 Prompt = str | Sequence[int] | Mapping[str, Any]
 Conversation = Sequence[Mapping[str, Any]]
+P = TypeVar("P")
 
 
 class LLM:
@@ -82,7 +85,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its options are wrong; nothing has run then.
         """
-        return self._run([self._encode(p) for p in _as_list(prompts)], sampling_params, use_tqdm)
+        return self._run(_as_list(prompts), self._encode, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -96,8 +99,7 @@ class LLM:
         conversations = cast(
             Sequence[Conversation], [messages] if isinstance(first, Mapping) else messages
         )
-        prompts = [_Prompt(self._tokenizer.encode_chat(one)) for one in conversations]
-        return self._run(prompts, sampling_params, use_tqdm)
+        return self._run(conversations, self._encode_chat, sampling_params, use_tqdm)
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
@@ -128,21 +130,27 @@ class LLM:
         text = str(prompt["prompt"])
         return _Prompt(self._tokenizer.encode(text), text, options)
 
+    def _encode_chat(self, messages: Conversation) -> "_Prompt":
+        return _Prompt(self._tokenizer.encode_chat(messages))
+
     def _run(
         self,
-        prompts: "list[_Prompt]",
+        prompts: Sequence[P],
+        encode: "Callable[[P], _Prompt]",
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
-        sampling = _one_each(sampling_params, len(prompts))
         batch = _Batch(self._engine, self._tokenizer)
+        checked = []
         outputs: dict[str, RequestOutput] = {}
-        for prompt, params in zip(prompts, sampling, strict=True):
-            batch.check(prompt, params)
-        for prompt, params in zip(prompts, sampling, strict=True):
-            request_id = str(next(self._ids))
-            outputs[request_id] = _empty_output(request_id, prompt, params)
-            batch.add(request_id, prompt, params)
+        with _no_garbage_collection():
+            for one, params in zip(prompts, _one_each(sampling_params, len(prompts)), strict=True):
+                prompt = encode(one)
+                batch.check(prompt, params)  # while its ids are in the CPU's cache
+                checked.append((str(next(self._ids)), prompt, params))
+            for request_id, prompt, params in checked:
+                outputs[request_id] = _empty_output(request_id, prompt, params)
+                batch.add(request_id, prompt, params)
         with tqdm(total=len(prompts), unit="prompt", disable=not use_tqdm) as progress:
             try:
                 while batch.open:
@@ -224,6 +232,18 @@ class _Batch:
         """End whatever is still running."""
         self._engine.core.abort(list(self.open))
         self.open.clear()
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """For a short while: lists of token ids are looked through anew in each collection."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
