@@ -1,17 +1,18 @@
 """The step loop, the engine process, `LLM` and the asynchronous client. Knows no HTTP.
 
-`LLM` and `build_engine` bring torch in, so they are imported when first asked for: a front-end
-process never needs them.
+Each side is imported when first asked for. `LLM` and `build_engine` bring torch in, which a
+front-end process never needs; the client brings sockets in, which `LLM` never needs.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from octavo.engine.async_engine import AsyncEngine, EngineProcess
 from octavo.engine.core import EngineCore
 from octavo.engine.interface import ServedModel, ServingEngine, TextDelta
 from octavo.engine.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
+    from octavo.engine.async_engine import AsyncEngine, EngineProcess
     from octavo.engine.build import BuiltEngine, build_engine
     from octavo.engine.llm import LLM
 
@@ -30,13 +31,16 @@ __all__ = [
 ]
 
 
+_MODULES = {
+    "LLM": "llm",
+    "AsyncEngine": "async_engine",
+    "EngineProcess": "async_engine",
+    "BuiltEngine": "build",
+    "build_engine": "build",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from octavo.engine.llm import LLM
-
-        return LLM
-    if name in ("BuiltEngine", "build_engine"):
-        from octavo.engine import build
-
-        return getattr(build, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -36,6 +36,7 @@ from octavo.runner import (
     compile_kernels,
     device_facts,
     measure_kv_cache_bytes,
+    start_compiler,
     step_limits,
 )
 from octavo.scheduler import SchedulerSettings, create_scheduler
@@ -90,6 +91,7 @@ def build_engine(
         config = resolve(options, model_config, facts)
         memory = MemoryMeter(config, facts)
     torch.set_num_threads(config.num_threads)
+    start_compiler(config)
     with phase("load weights"):
         model = load_model(checkpoint, config)
     with phase("lay out weights for kernels"):
@@ -112,9 +114,8 @@ def build_engine(
     if config.device == "cuda" and not config.enforce_eager:
         with phase("capture CUDA graphs"):
             runner.capture_graphs()
-    allocator = create_allocator(
-        config, num_blocks, disk_keys=disk.keys() if disk is not None else None
-    )
+    disk_keys = disk.keys() if disk is not None else None
+    allocator = create_allocator(config, num_blocks, disk_keys=disk_keys)
     settings = scheduler_settings(config, copy_block_s=storage.measure_copy_s())
     scheduler = create_scheduler(allocator, settings)
     launch, thread = create_launch(runner, config)

@@ -11,9 +11,10 @@ next kernel waits for this one's end by itself. Does nothing before Hopper and i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import torch
@@ -68,12 +69,54 @@ def compile_ahead(num_threads: int) -> Iterator[None]:
     and memory of the results mean anything.
     """
     global _asked_for
-    with ThreadPoolExecutor(num_threads) as threads, triton.AsyncCompileMode(threads):
+    start_compiler().result()
+    with _KernelThreads(num_threads) as threads, triton.AsyncCompileMode(threads):
         _asked_for = set()
         try:
             yield
         finally:
             _asked_for = None
+
+
+class _KernelThreads(ThreadPoolExecutor):
+    """Threads that compile kernels, or load them, and do what else their first launch would do.
+
+    Up to Triton 3.6 that is much: a C compiler makes the function that hands a kernel its
+    arguments. Threads are enough, as Triton holds the interpreter for a fifth of the time only.
+    """
+
+    def __init__(self, num_threads: int):
+        device = torch.cuda.current_device()  # of this thread: a new one would take the first
+        super().__init__(num_threads, initializer=torch.cuda.set_device, initargs=(device,))
+        self._locks: dict[Any, Lock] = {}
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        return super().submit(lambda: self._ready(fn(*args, **options)))
+
+    def _ready(self, compiled: Any) -> Any:
+        # The variants of a kernel get their arguments alike: all but the first find that made.
+        with self._locks.setdefault(compiled.src.fn, Lock()):
+            _ = compiled[(1, 1, 1)]  # what is to be called with arguments, and is not
+        return compiled
+
+
+@cache
+def start_compiler() -> Future[object]:
+    """Have a thread compile a first kernel, once in a process; returns at once.
+
+    Before it Triton reads all of its own 400 MB to name what it caches, and has a C compiler make
+    its way to the driver: the better part of a second, which can pass beside other work.
+    """
+    device = torch.cuda.current_device()
+    thread = ThreadPoolExecutor(1, initializer=torch.cuda.set_device, initargs=(device,))
+    first: Future[object] = thread.submit(_nothing.warmup, grid=(1,))
+    thread.shutdown(wait=False)
+    return first
+
+
+@triton.jit
+def _nothing():
+    pass
 
 
 @triton.jit

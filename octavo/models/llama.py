@@ -122,7 +122,7 @@ class Llama(Model):
             for layer in range(config.num_layers)
         ]
         self.blocks = nn.ModuleList(blocks)  # registers them; the list keeps their type
-        self._blocks = blocks
+        self._blocks: list[LlamaBlock] = blocks
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
 
     def slots(self) -> dict[str, Slot]:

@@ -3,7 +3,7 @@
 from octavo.runner.device import device_facts, usable_cores
 from octavo.runner.disk_file import DiskFile
 from octavo.runner.kv_storage import KVStorage, allocate_kv_caches
-from octavo.runner.memory import compile_kernels, measure_kv_cache_bytes
+from octavo.runner.memory import compile_kernels, measure_kv_cache_bytes, start_compiler
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.rows import StepLimits, step_limits
 
@@ -16,6 +16,7 @@ __all__ = [
     "compile_kernels",
     "device_facts",
     "measure_kv_cache_bytes",
+    "start_compiler",
     "step_limits",
     "usable_cores",
 ]

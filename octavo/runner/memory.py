@@ -6,6 +6,7 @@ from octavo.config import ResolvedConfig, decode_sizes, mixed_sizes
 from octavo.config.memory_plan import graph_overhead_bytes
 from octavo.core import NewSequence, SamplingParams, ScheduledTokens, StepPlan
 from octavo.errors import ConfigError
+from octavo.kernels import Case, triton_support
 from octavo.layers import kv_specs
 from octavo.models import Model
 from octavo.runner.kv_storage import KVStorage, allocate_kv_caches
@@ -14,18 +15,36 @@ from octavo.runner.packet import StepSizes
 from octavo.runner.rows import step_limits
 
 MIB = 2**20
-MOST_TOKENS_OF_SMALL_STEPS = 512  # beyond, all steps run the same kernels
+
+
+def start_compiler(config: ResolvedConfig) -> None:
+    """On a GPU, have a thread ready what `compile_kernels` will use; returns at once."""
+    if triton_support.unsupported(Case(config.device, getattr(torch, config.dtype))) is None:
+        from octavo.kernels import triton_launch  # there is no Triton elsewhere
+
+        triton_launch.start_compiler()
 
 
 def compile_kernels(model: Model, config: ResolvedConfig) -> None:
     """Have every kernel that steps will run compiled, or loaded from disk, side by side."""
     limits = step_limits(config)
     num_seqs = limits.max_num_seqs
-    mixed = mixed_sizes(limits.max_num_batched_tokens)
-    num_tokens = {n for n in mixed if n <= MOST_TOKENS_OF_SMALL_STEPS} | {mixed[-1]}
-    sizes = [StepSizes(n, n, n) for n in decode_sizes(num_seqs)]
-    sizes += [StepSizes(num_seqs, n, num_seqs) for n in sorted(num_tokens)]
-    _runner_without_memory(model, config, num_blocks=1).compile_kernels(sizes)
+    # Large steps come first: they run the kernels that take longest to compile.
+    mixed = _one_of_each_kind(mixed_sizes(limits.max_num_batched_tokens))
+    sizes = [StepSizes(num_seqs, n, num_seqs) for n in mixed]
+    sizes += [StepSizes(n, n, n) for n in _one_of_each_kind(decode_sizes(num_seqs))]
+    runner = _runner_without_memory(model.with_few_blocks(), config, num_blocks=1)
+    runner.compile_kernels(sizes)
+
+
+def _one_of_each_kind(sizes: list[int]) -> list[int]:
+    """Some of these ascending sizes, the largest first, that run all the kernels of all of them.
+
+    Whatever launches a kernel changes its choice at powers of two only. What it may not know of
+    them is compiled when it is first launched.
+    """
+    largest = {(size - 1).bit_length(): size for size in sizes}
+    return sorted(largest.values(), reverse=True)
 
 
 def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:

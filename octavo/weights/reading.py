@@ -3,7 +3,6 @@
 import torch
 
 from octavo.config import Checkpoint, ModelConfig
-from octavo.weights.gguf_tensors import open_gguf
 from octavo.weights.loading import TensorStream
 from octavo.weights.safetensors_files import open_safetensors
 
@@ -23,5 +22,8 @@ def read_tensors(
         UnsupportedModelError: a format that is not read.
     """
     if checkpoint.kind == "gguf":
+        # Not at the head: a start waits for imports, and few need the `gguf` package.
+        from octavo.weights.gguf_tensors import open_gguf
+
         return open_gguf(checkpoint, config, dtype)
     return open_safetensors(checkpoint, dtype)
