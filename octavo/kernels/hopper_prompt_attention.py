@@ -107,7 +107,7 @@ def _counted_at_once(num_sequences: int) -> int:
 
 
 @gluon.jit(
-    do_not_specialize=["num_sequences", "table_width"],
+    do_not_specialize=["num_sequences", "table_width", "num_lines"],
     do_not_specialize_on_alignment=["query_starts", "context_lens", "block_tables"],
 )
 def _attend(

@@ -41,7 +41,7 @@ def triton_prepare_inputs(
 
 
 @triton.jit(
-    do_not_specialize=["num_sequences", "num_tokens", "padding_slot"],
+    do_not_specialize=["table_width", "out_width", "num_sequences", "num_tokens", "padding_slot"],
     do_not_specialize_on_alignment=["given_ids", "out_ids", "out_positions", "out_slots"],
 )
 def _prepare_inputs(

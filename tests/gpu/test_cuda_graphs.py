@@ -117,6 +117,28 @@ def random_request(rng, request_id):
     return Request(request_id=request_id, prompt_token_ids=prompt, sampling=sampling, seed=0)
 
 
+def test_nothing_is_compiled_after_the_phase_that_compiles(tmp_path, monkeypatch):
+    """By no step: not by the one that is profiled, nor by graphs, nor by the first request."""
+    triton = pytest.importorskip("triton")
+    compiled, so_far = [], {}
+
+    def note(*, fn, **_):
+        compiled.append(fn.name)
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", note)
+    shape = {"hidden_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    llm = LLM(
+        str(write_tiny_llama(tmp_path / "tiny", head_dim=128, **shape)),
+        dtype="bfloat16",
+        gpu_memory_utilization=0.2,
+        max_model_len=512,
+        on_phase=lambda name, _: so_far.setdefault(name, len(compiled)),
+    )
+    llm.generate(PROMPTS, [draws(index) for index in range(len(PROMPTS))], use_tqdm=False)
+    assert so_far["compile kernels"] > 10
+    assert compiled[so_far["compile kernels"] :] == []
+
+
 def test_the_peak_stays_under_the_share_with_graphs_and_full_steps(model):
     share = 0.2
     llm = LLM(
