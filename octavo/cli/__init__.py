@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from octavo import __version__
-from octavo.cli import bench, chat, explain, generate, plan, serve, sim, trace, tune, why
+from octavo.cli import bench, chat, explain, generate, keys, plan, serve, sim, trace, tune, why
 from octavo.errors import OctavoError
 
 COMMANDS: dict[str, ModuleType] = {
     "serve": serve,
+    "keys": keys,
     "chat": chat,
     "generate": generate,
     "explain": explain,

@@ -16,7 +16,11 @@ from octavo.errors import ConfigError
 from octavo.server.config import ServerConfig
 from octavo.text import NoTokenizer, load_tokenizer
 
+logger = logging.getLogger(__name__)
+
 HELP = "serve a model over HTTP with the OpenAI API"
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 CURL = """\
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
@@ -34,10 +38,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     options = engine_options(arguments)
-    config = ServerConfig(**collect(arguments, ServerConfig))
+    values = collect(arguments, ServerConfig)
+    config = ServerConfig(**{"api_key": os.environ.get("OCTAVO_API_KEY")} | values)
+    if config.is_open and config.host not in LOOPBACK:
+        logger.warning("whoever reaches %s may use this server: give --api-key-file", config.host)
     checkpoint = locate(options.model)
     listener = listen(config)
-    url = f"http://{config.host}:{listener.getsockname()[1]}"
+    url = f"{config.scheme}://{config.host}:{listener.getsockname()[1]}"
     print(f"Octavo serves {checkpoint.name}", flush=True)
     process = EngineProcess(options)  # loads the model while this process imports the server
     try:

@@ -14,7 +14,10 @@ class RequestEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of `token_ids` when asked for
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
-    num_cached_tokens: int = 0  # with the first token: of the prompt, found in the prefix cache
+    # With the first token:
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    queue_time_s: float = 0.0  # from arrival to the first step that the request was in
+    prefill_time_s: float = 0.0  # from that step to this event
 
 
 class EngineStats(msgspec.Struct, frozen=True):

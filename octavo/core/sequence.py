@@ -60,6 +60,7 @@ class Sequence:
         "deadline_s",
         "draft_ids",
         "finish_reason",
+        "first_scheduled_s",
         "fork",
         "id",
         "is_beam",
@@ -89,6 +90,7 @@ class Sequence:
         self.id = request.request_id  # one sequence a request
         self.arrival = arrival  # a number that grows from one to the next
         self.arrival_s = arrival_s
+        self.first_scheduled_s = math.inf  # when a step was first planned with it
         self.deadline_s = math.inf if deadline_ms is None else arrival_s + deadline_ms / 1e3
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)

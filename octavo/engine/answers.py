@@ -107,6 +107,8 @@ class Answer:
             stop_reason,
             event.error,
             event.num_cached_tokens,
+            event.queue_time_s,
+            event.prefill_time_s,
         )
 
     def _text_of(self, token_ids: tuple[int, ...], *, final: bool) -> tuple[str, str | None]:

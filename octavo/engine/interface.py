@@ -43,7 +43,10 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended the answer
     error: str | None = None  # with finish_reason "error": a sentence for the client
-    num_cached_tokens: int = 0  # with the first token: of the prompt, found in the prefix cache
+    # With the first token, as in `RequestEvent`:
+    num_cached_tokens: int = 0
+    queue_time_s: float = 0.0
+    prefill_time_s: float = 0.0
 
 
 class ServingEngine(Protocol):

@@ -16,6 +16,8 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
+import msgspec
+
 from octavo.core import (
     FINISHED,
     RUNNING,
@@ -169,7 +171,9 @@ class Scheduler:
         nothing_runs = not (step.scheduled or any(f.plan.scheduled for f in self._in_flight))
         if self._running and nothing_runs:
             step.make_room()
+        now_s = self._clock.now()
         for sequence in step.admitted:
+            sequence.first_scheduled_s = min(sequence.first_scheduled_s, now_s)
             if not sequence.goes_first:
                 self._prefix["queries"] += sequence.num_prompt_tokens
                 self._prefix["hits"] += sequence.num_cached_tokens
@@ -187,7 +191,7 @@ class Scheduler:
         )
         sequences = [self._sequences[share.sequence_id] for share in plan.scheduled]
         shares = [(sequence, sequence.num_preemptions) for sequence in sequences]
-        self._in_flight.append(_InFlight(plan, shares, self._clock.now()))
+        self._in_flight.append(_InFlight(plan, shares, now_s))
         return plan
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestEvent]:
@@ -292,14 +296,9 @@ class Scheduler:
                 self._waiting.release([sequence])  # it was pushed out while it awaited this
             if sampled.draft_ids:
                 sequence.guess(sampled.draft_ids)
-        event = RequestEvent(
-            sequence.id,
-            sampled.token_ids[:num_new],
-            None if sampled.logprobs is None else sampled.logprobs[:num_new],
-            reason,
-            num_cached_tokens=0 if num_before else sequence.num_cached_tokens,
-        )
-        return [event]
+        logprobs = None if sampled.logprobs is None else sampled.logprobs[:num_new]
+        event = RequestEvent(sequence.id, sampled.token_ids[:num_new], logprobs, reason)
+        return [event if num_before else _with_first_token(event, sequence, self._clock.now())]
 
     def _commit_beam(self, sequence: Sequence, sampled: SampledTokens) -> list[RequestEvent]:
         """Note what a beam found; when all have reported, let each take the place of its parent."""
@@ -376,13 +375,10 @@ class Scheduler:
         self.decisions.ends(sequence.id, reason.value if error is None else error)
         if sequence.id in self._siblings:
             self._waiting.release(self._siblings.pop(sequence.id).released())
-        return RequestEvent(
-            sequence.id,
-            token_ids,
-            finish_reason=reason,
-            error=error,
-            num_cached_tokens=sequence.num_cached_tokens if token_ids else 0,
-        )
+        event = RequestEvent(sequence.id, token_ids, finish_reason=reason, error=error)
+        if not token_ids:
+            return event
+        return _with_first_token(event, sequence, self._clock.now())
 
     # Reports.
 
@@ -415,6 +411,17 @@ class Scheduler:
                 raise IntegrityError(f"{sequence.id} has computed more tokens than it has slots")
         held = [s for flight in self._in_flight for s in flight.to_free]
         self.allocator.check_integrity([*self._sequences.values(), *held])
+
+
+def _with_first_token(event: RequestEvent, sequence: Sequence, now_s: float) -> RequestEvent:
+    """The event, and how the request came to its first token."""
+    first_scheduled_s = min(sequence.first_scheduled_s, now_s)  # inf: a beam that never ran itself
+    return msgspec.structs.replace(
+        event,
+        num_cached_tokens=sequence.num_cached_tokens,
+        queue_time_s=first_scheduled_s - sequence.arrival_s,
+        prefill_time_s=now_s - first_scheduled_s,
+    )
 
 
 def _check_result(plan: StepPlan, result: StepResult, sampled: dict[str, SampledTokens]) -> None:

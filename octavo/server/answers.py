@@ -25,8 +25,10 @@ from octavo.server.prompts import Prompt
 class Tally:
     """The books of one answer."""
 
+    num_prompt_tokens: int
     num_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt
+    first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
 
@@ -56,7 +58,7 @@ class Answers:
     ):
         self.prompts = prompts
         self.num_per_prompt = sampling.n
-        self.tallies = [Tally() for _ in range(len(prompts) * sampling.n)]
+        self.tallies = [Tally(len(p.token_ids)) for p in prompts for _ in range(sampling.n)]
         self._engine = engine
         self._sampling = sampling
         self._options = options
@@ -96,6 +98,14 @@ class Answers:
         for tally in self.tallies:
             if tally.finish_reason is None:
                 self._finish(tally, reason)
+
+    @property
+    def num_used_tokens(self) -> int:
+        """Of prompts that the engine has taken, and of their answers so far."""
+        num_tokens = sum(tally.num_tokens for tally in self.tallies)
+        if num_tokens or self._error is None:
+            num_tokens += sum(len(prompt.token_ids) for prompt in self.prompts)
+        return num_tokens
 
     async def first(self) -> None:
         """Wait until the engine has taken every prompt; raises its refusal where it has not."""
@@ -164,7 +174,8 @@ class Answers:
                 gap_s = (now - tally.last_token_s) / len(delta.token_ids)
                 self._metrics.inter_token_latency.observe(gap_s)
             else:
-                self._metrics.time_to_first_token.observe(now - self._arrival_s)
+                self._note_first(delta, now - self._arrival_s)
+                tally.first_token_s = now
             tally.last_token_s = now
             tally.num_tokens += len(delta.token_ids)
             tally.num_cached_tokens += delta.num_cached_tokens
@@ -175,10 +186,21 @@ class Answers:
             if delta.finish_reason is FinishReason.ABORT:
                 raise _cancelled()
 
+    def _note_first(self, delta: TextDelta, ttft_s: float) -> None:
+        metrics = self._metrics
+        metrics.time_to_first_token.observe(ttft_s)
+        metrics.request_queue_time.observe(delta.queue_time_s)
+        metrics.request_prefill_time.observe(delta.prefill_time_s)
+
     def _finish(self, tally: Tally, reason: FinishReason) -> None:
         tally.finish_reason = reason
-        self._metrics.request_success.labels(reason.value).inc()
-        self._metrics.e2e_request_latency.observe(time.monotonic() - self._arrival_s)
+        metrics = self._metrics
+        metrics.request_success.labels(reason.value).inc()
+        metrics.e2e_request_latency.observe(time.monotonic() - self._arrival_s)
+        metrics.request_prompt_tokens.observe(tally.num_prompt_tokens)
+        metrics.request_generation_tokens.observe(tally.num_tokens)
+        if tally.num_tokens:
+            metrics.request_decode_time.observe(tally.last_token_s - tally.first_token_s)
 
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

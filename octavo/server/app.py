@@ -19,11 +19,14 @@ from octavo.engine import ServingEngine
 from octavo.errors import OctavoError
 from octavo.server.config import ServerConfig
 from octavo.server.errors import ClientDisconnected, HttpError, handle_error
+from octavo.server.keys import KeyRing, Scope
 from octavo.server.limits import Limits
 from octavo.server.metrics import ServerMetrics
-from octavo.server.middleware import Books, Gate
+from octavo.server.middleware import Books, Gate, guard
+from octavo.server.routes_kserve import KServeRoutes
 from octavo.server.routes_openai import OpenAIRoutes
 from octavo.server.routes_ops import OpsRoutes
+from octavo.server.routes_tgi import TGIRoutes
 from octavo.server.routes_tokenize import TokenizeRoutes
 from octavo.server.state import ServerState
 
@@ -39,7 +42,7 @@ def create_app(
     last: the place to start and stop an engine that lives on that loop. Nothing reads the engine
     before that.
     """
-    state = ServerState(engine, config, Limits.of(config), ServerMetrics(engine))
+    state = ServerState(engine, config, Limits.of(config), ServerMetrics(engine), KeyRing(config))
 
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
@@ -50,6 +53,7 @@ def create_app(
                 state.startup_error = error
                 raise
             yield
+            state.keys.usage.save()
 
     app = FastAPI(
         title="Octavo",
@@ -61,12 +65,21 @@ def create_app(
     )
     app.state.octavo = state
     labels: dict[object, str] = {}
-    for surface in (OpenAIRoutes(state), TokenizeRoutes(state), OpsRoutes(state)):
-        for method, path, handler in surface.routes():
-            app.add_route(path, handler, methods=[method])
-            labels[handler] = path
+    public: set[str] = set()
+    for surface in (
+        OpenAIRoutes(state),
+        TokenizeRoutes(state),
+        TGIRoutes(state),
+        KServeRoutes(state),
+        OpsRoutes(state),
+    ):
+        for method, path, handler, scope in surface.routes():
+            guarded = guard(handler, scope)
+            app.add_route(path, guarded, methods=[method])
+            labels[guarded] = path
+            public |= {path} if scope is Scope.PUBLIC else set()
     for kind in (OctavoError, HttpError, ClientDisconnected, HTTPException):
         app.add_exception_handler(kind, handle_error)
-    app.add_middleware(Gate, state=state)
+    app.add_middleware(Gate, state=state, public=frozenset(public))
     app.add_middleware(Books, state=state, labels=labels)  # added last, so it is the outermost
     return app

@@ -20,7 +20,27 @@ class ServerConfig:
     api_key: str | None = field(
         default=None,
         repr=False,
-        metadata={"help": "key that clients must send, as a bearer token, to all but /health"},
+        metadata={
+            "help": "key that clients must send, as a bearer token, to all but /health; better in "
+            "the environment, as OCTAVO_API_KEY, where other users of the machine do not see it"
+        },
+    )
+    api_key_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "TOML file of keys with scopes, tenants and limits, see `octavo keys`; read "
+            "again when it changes"
+        },
+    )
+    usage_file: str | None = field(
+        default=None,
+        metadata={"help": "where the tokens that each key used are kept over restarts"},
+    )
+    ssl_certfile: str | None = field(
+        default=None, metadata={"help": "certificate chain, PEM: serve HTTPS instead of HTTP"}
+    )
+    ssl_keyfile: str | None = field(
+        default=None, metadata={"help": "private key of the certificate, PEM"}
     )
     max_request_bytes: int = field(
         default=16 * 2**20, metadata={"help": "larger request bodies are refused while reading"}
@@ -41,11 +61,25 @@ class ServerConfig:
         default=30, metadata={"help": "seconds that running requests get after SIGTERM"}
     )
 
+    @property
+    def scheme(self) -> str:
+        """Of the server's URL."""
+        return "http" if self.ssl_certfile is None else "https"
+
+    @property
+    def is_open(self) -> bool:
+        """True where nobody needs a key."""
+        return self.api_key is None and self.api_key_file is None
+
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be in 0..65535, got {self.port}")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("api_key must not be empty: leave it out to serve without a key")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("HTTPS needs both ssl_certfile and ssl_keyfile")
+        if self.usage_file is not None and self.api_key_file is None:
+            raise ConfigError("usage_file counts the use of keys: give api_key_file, too")
         if "" in self.served_model_name:
             raise ConfigError("served_model_name must not be empty")
         if self.drain_timeout_s < 0:

@@ -2,6 +2,8 @@
 
     the request, its route, its size    400 404 405 408 413 431   invalid_request_error
     missing or wrong key                401                       authentication_error
+    a key without the route's scope     403                       permission_error
+    a key that used too much            429                       rate_limit_error
     overload, drain, dead engine        503                       server_error
     anything else                       500                       server_error, text withheld
 
@@ -18,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.errors import EngineDeadError, OverloadedError, RequestError, UnknownModelError
+from octavo.server.allowance import AllowanceError
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +89,8 @@ def reply_to(error: Exception) -> ErrorReply:
                 "overloaded",
                 retry_after_s=max(1.0, error.retry_after_s),
             )
+        case AllowanceError():
+            return _too_much(error)
         case EngineDeadError():
             return unavailable("the engine is not running", "engine_dead")
         case ClientDisconnected():
@@ -95,6 +100,14 @@ def reply_to(error: Exception) -> ErrorReply:
         case _:
             message = "internal error; the server's log has the details"
             return ErrorReply(500, message, "server_error", None, "internal_error")
+
+
+def _too_much(error: AllowanceError) -> ErrorReply:
+    """OpenAI's two kinds of 429: wait, or get more."""
+    wait_s = error.retry_after_s
+    code = "insufficient_quota" if wait_s is None else "rate_limit_exceeded"
+    headers = {} if wait_s is None else {"retry-after": str(math.ceil(wait_s))}
+    return ErrorReply(429, str(error), "rate_limit_error", None, code, headers)
 
 
 def _routing_reply(error: HTTPException) -> ErrorReply:
@@ -110,7 +123,7 @@ def log_failure(error: Exception, request_id: str) -> None:
         logger.info("request %s: 499, the client closed the connection", request_id)
     elif isinstance(error, EngineDeadError):
         logger.error("request %s: the engine is dead: %s", request_id, error)
-    elif isinstance(error, OverloadedError):
+    elif isinstance(error, (OverloadedError, AllowanceError)):
         logger.warning("request %s: refused, %s", request_id, error)
     elif isinstance(error, HttpError):
         if error.reply.status >= 500:

@@ -5,13 +5,14 @@ their status; after that a failure is an event in the stream. Knows no shape.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from octavo.engine import TextDelta
+from octavo.server.allowance import Reservation
 from octavo.server.answers import Answers
 from octavo.server.errors import ClientDisconnected, ErrorReply, log_failure, reply_to, unavailable
 from octavo.server.openai_shape import DONE, Piece, Shape
@@ -26,15 +27,33 @@ _SHUTTING_DOWN = unavailable("the server is shutting down", "draining")
 
 
 class GenerationResponse(Response):
-    """Runs the answers for as long as somebody reads them."""
+    """Runs the answers for as long as somebody reads them.
 
-    def __init__(self, answers: Answers, shape: Shape, *, stream: bool):
+    `reserve` sets the tokens aside that they may need, and raises where a key has too few left.
+    """
+
+    def __init__(
+        self,
+        answers: Answers,
+        shape: Shape,
+        *,
+        stream: bool,
+        reserve: Callable[[], Reservation],
+    ):
         super().__init__()
         self._answers = answers
         self._shape = shape
         self._stream = stream
+        self._reserve = reserve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        reservation = self._reserve()
+        try:
+            await self._run(scope, receive, send)
+        finally:
+            reservation.settle(self._answers.num_used_tokens)
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._answers.running(receive):
             try:
                 await self._answers.first()
@@ -76,7 +95,7 @@ class GenerationResponse(Response):
 
 
 async def _write(send: Send, frames: bytes, *, more: bool = True) -> None:
-    if frames:
+    if frames or not more:
         await send({"type": "http.response.body", "body": frames, "more_body": more})
 
 

@@ -1,29 +1,43 @@
-"""The server's Prometheus metrics, named as vLLM's so that dashboards fit. Knows no HTTP.
+"""The server's Prometheus metrics: vLLM's names with our prefix. Knows no HTTP.
 
-Gauges come from the engine when somebody scrapes; latencies are seen from the front end, so they
-include queues, tokenizing and the way between the processes.
+Counts and gauges of the engine are read from it at every scrape. TTFT and end-to-end latency are
+seen from here, so they include tokenizing and the way between the processes; what a request
+waited and computed is told by the engine. Names, types and labels are frozen by `docs/metrics.md`.
 """
 
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    Info,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from octavo.core import FinishReason
+from octavo import __version__
+from octavo.core import EngineStats, FinishReason
 from octavo.engine import ServingEngine
+from octavo.errors import EngineDeadError
 
-PREFIX = "octavo:"
+PREFIX = "octavo_"
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
-_SLOW_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_SLOW_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 
 class ServerMetrics:
     """The books of one front-end process, in a registry of its own."""
 
     def __init__(self, engine: ServingEngine):
-        registry = CollectorRegistry()
-        registry.register(_EngineGauges(engine))
+        registry = _Registry()
+        registry.register(_EngineMetrics(engine))
+        ProcessCollector(registry=registry)
+        build = Info(PREFIX + "build", "What runs here; always 1", registry=registry)
+        build.info({"version": __version__})
         self._registry = registry
         self.http_requests = Counter(
             PREFIX + "http_requests", "HTTP responses", ["route", "code"], registry=registry
@@ -36,31 +50,54 @@ class ServerMetrics:
         )
         for reason in FinishReason:  # so that rates exist from the start
             self.request_success.labels(reason.value)
-        self.time_to_first_token = Histogram(
-            PREFIX + "time_to_first_token_seconds",
-            "From the request's arrival to its first token",
-            buckets=_SLOW_S,
-            registry=registry,
+        self.time_to_first_token = self._seconds(
+            "time_to_first_token", "From the request's arrival to the first token of an answer"
         )
-        self.inter_token_latency = Histogram(
-            PREFIX + "inter_token_latency_seconds",
+        self.inter_token_latency = self._seconds(
+            "inter_token_latency",
             "Between one token of an answer and the next",
             buckets=_FAST_S,
-            registry=registry,
         )
-        self.e2e_request_latency = Histogram(
-            PREFIX + "e2e_request_latency_seconds",
-            "From the request's arrival to the end of an answer",
-            buckets=_SLOW_S,
-            registry=registry,
+        self.e2e_request_latency = self._seconds(
+            "e2e_request_latency", "From the request's arrival to the end of an answer"
+        )
+        self.request_queue_time = self._seconds(
+            "request_queue_time", "From arrival at the engine to the first step"
+        )
+        self.request_prefill_time = self._seconds(
+            "request_prefill_time", "From the first step to the first token"
+        )
+        self.request_decode_time = self._seconds(
+            "request_decode_time", "From the first token of an answer to its last"
+        )
+        self.request_prompt_tokens = self._tokens(
+            "request_prompt_tokens", "Prompt tokens of an answer's request"
+        )
+        self.request_generation_tokens = self._tokens(
+            "request_generation_tokens", "Tokens of an answer"
         )
 
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)
 
+    def _seconds(self, name: str, text: str, *, buckets: tuple[float, ...] = _SLOW_S) -> Histogram:
+        return Histogram(f"{PREFIX}{name}_seconds", text, buckets=buckets, registry=self._registry)
 
-class _EngineGauges(Collector):
+    def _tokens(self, name: str, text: str) -> Histogram:
+        return Histogram(PREFIX + name, text, buckets=_TOKENS, registry=self._registry)
+
+
+class _Registry(CollectorRegistry):
+    """Leaves out when each series began: a third of the text, and nobody asks."""
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            yield metric
+
+
+class _EngineMetrics(Collector):
     """Reads the engine's own books at every scrape, so nothing is counted twice."""
 
     def __init__(self, engine: ServingEngine):
@@ -72,46 +109,61 @@ class _EngineGauges(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        num_used = stats.num_blocks - stats.num_free_blocks
-        gauges: list[tuple[str, str, float]] = [
-            ("num_requests_running", "Requests in the current batch", stats.num_running),
-            ("num_requests_waiting", "Requests in the queue", stats.num_waiting),
-            (
-                "kv_cache_usage_perc",
-                "KV blocks in use; 1 is all",
-                num_used / (stats.num_blocks or 1),
-            ),
-            ("kv_blocks_free", "KV blocks that nobody holds", stats.num_free_blocks),
-            ("kv_blocks_total", "KV blocks of the pool", stats.num_blocks),
-        ]
-        counters: list[tuple[str, str, float]] = [
-            ("num_preemptions", "Requests that lost their blocks", stats.num_preemptions),
-            ("prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens),
-            ("generation_tokens", "Tokens sampled", stats.num_generation_tokens),
-            (
-                "prefix_cache_queries",
-                "Prompt tokens looked up in the prefix cache",
-                stats.num_prefix_queries,
-            ),
-            ("prefix_cache_hits", "Prompt tokens found there", stats.num_prefix_hits),
-        ]
-        by_reason = GaugeMetricFamily(
-            PREFIX + "num_requests_waiting_by_reason",
-            "Requests in the queue, by the limit that binds them",
-            labels=["reason"],
-        )
-        for reason, count in stats.waiting_by_reason.items():
-            by_reason.add_metric([reason], count)
-        yield by_reason
-        moved = CounterMetricFamily(
-            PREFIX + "kv_block_transfers",
-            "KV blocks copied, by the tiers that they went from and to",
-            labels=["way"],
-        )
-        for way, count in stats.num_transfers.items():
-            moved.add_metric([way], count)
-        yield moved
-        for name, text, value in gauges:
-            yield GaugeMetricFamily(PREFIX + name, text, value=value)
-        for name, text, value in counters:
-            yield CounterMetricFamily(PREFIX + name, text, value=value)
+        yield _gauge("engine_up", "1 while the engine can answer", _is_alive(self._engine))
+        yield from _gauges(stats)
+        yield from _counters(stats)
+
+
+def _is_alive(engine: ServingEngine) -> bool:
+    try:
+        engine.check_health()
+    except EngineDeadError:
+        return False
+    return True
+
+
+def _gauges(stats: EngineStats) -> Iterator[Metric]:
+    num_used = stats.num_blocks - stats.num_free_blocks
+    usage = num_used / (stats.num_blocks or 1)
+    yield _gauge("num_requests_running", "Requests in the current batch", stats.num_running)
+    yield _gauge("num_requests_waiting", "Requests in the queue", stats.num_waiting)
+    yield _gauge("kv_cache_usage_ratio", "KV blocks in use; 1 is all", usage)
+    yield _gauge("kv_blocks", "KV blocks of the pool", stats.num_blocks)
+    yield _gauge("kv_blocks_free", "KV blocks that nobody holds", stats.num_free_blocks)
+    by_reason = GaugeMetricFamily(
+        PREFIX + "num_requests_waiting_by_reason",
+        "Requests in the queue, by the limit that binds them",
+        labels=["reason"],
+    )
+    for reason, count in stats.waiting_by_reason.items():
+        by_reason.add_metric([reason], count)
+    yield by_reason
+
+
+def _counters(stats: EngineStats) -> Iterator[Metric]:
+    counts = [
+        ("engine_steps", "Steps of the engine", stats.num_steps),
+        ("num_preemptions", "Requests that lost their KV blocks", stats.num_preemptions),
+        ("prompt_tokens", "Prompt tokens computed", stats.num_prompt_tokens),
+        ("generation_tokens", "Tokens sampled", stats.num_generation_tokens),
+        (
+            "prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache",
+            stats.num_prefix_queries,
+        ),
+        ("prefix_cache_hits", "Prompt tokens found there", stats.num_prefix_hits),
+    ]
+    for name, text, value in counts:
+        yield CounterMetricFamily(PREFIX + name, text, value=value)
+    moved = CounterMetricFamily(
+        PREFIX + "kv_block_transfers",
+        "KV blocks copied, by the tiers that they went from and to",
+        labels=["way"],
+    )
+    for way, count in stats.num_transfers.items():
+        moved.add_metric([way], count)
+    yield moved
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(PREFIX + name, text, value=value)

@@ -3,19 +3,21 @@
 Pure ASGI: a message is passed on as it is, so streams stay streams. Knows no route's meaning.
 """
 
-import hmac
 import string
 import uuid
 from collections.abc import Mapping
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from octavo.server.errors import ErrorReply, log_failure, reply_to, unavailable
+from octavo.server.errors import ErrorReply, HttpError, log_failure, reply_to, unavailable
+from octavo.server.keys import ApiKey
+from octavo.server.keys import Scope as KeyScope
 from octavo.server.limits import MAX_HEADERS, MAX_REQUEST_ID_CHARS
-from octavo.server.state import ServerState
+from octavo.server.state import Handler, ServerState, key_of
 
-PUBLIC_PATHS = frozenset({"/health"})
 _REQUEST_ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_.:")
 
 
@@ -39,7 +41,11 @@ class Books:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                key: ApiKey | None = scope.get("octavo.key")
+                if key is not None:
+                    headers.update(key.allowance.headers())
                 route = self._labels.get(scope.get("endpoint"), "unmatched")
                 self._metrics.http_requests.labels(route, str(message["status"])).inc()
             await send(message)
@@ -67,13 +73,15 @@ def _request_id(offered: str | None) -> str:
 class Gate:
     """Refuses what has too many headers, no key, or comes while the server drains.
 
-    Denies by default: a path is open only if it is, to the letter, in `PUBLIC_PATHS`. The path is
-    the one that the router matches, never one rebuilt from the Host header.
+    Denies by default: a path is open only if it is, to the letter, one of the `public` ones. The
+    path is the one that the router matches, never one rebuilt from the Host header. What a key is
+    good for is `guard`'s.
     """
 
-    def __init__(self, app: ASGIApp, state: ServerState):
+    def __init__(self, app: ASGIApp, state: ServerState, public: frozenset[str]):
         self._app = app
         self._state = state
+        self._public = public
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,9 +98,9 @@ class Gate:
         if len(scope["headers"]) > MAX_HEADERS:
             message = f"more than {MAX_HEADERS} headers"
             return ErrorReply(431, message, "invalid_request_error", headers=close)
-        if scope["path"] in PUBLIC_PATHS:
+        if scope["path"] in self._public:
             return None
-        if not self._has_key(scope):
+        if not self._state.keys.is_open and not self._take_key(scope):
             headers = close | {"www-authenticate": "Bearer"}
             message = "a valid API key is required: Authorization: Bearer <key>"
             return ErrorReply(
@@ -102,12 +110,28 @@ class Gate:
             return unavailable("the server is shutting down", "draining", retry_after_s=5.0)
         return None
 
-    def _has_key(self, scope: Scope) -> bool:
-        if self._state.config.api_key is None:
-            return True
+    def _take_key(self, scope: Scope) -> bool:
+        """Find out whose request it is, for all that comes later; False where it is nobody's."""
         for name, value in scope["headers"]:
             if name == b"authorization":
-                scheme, _, key = value.partition(b" ")
-                expected = self._state.config.api_key.encode()
-                return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(), expected)
-        return False
+                scheme, _, presented = value.partition(b" ")
+                if scheme.lower() == b"bearer":
+                    scope["octavo.key"] = self._state.keys.find(presented.strip())
+                break
+        return scope.get("octavo.key") is not None
+
+
+def guard(handler: Handler, scope: KeyScope) -> Handler:
+    """The handler behind a check of what the request's key is good for, and how often."""
+
+    async def guarded(request: Request) -> Response:
+        key = key_of(request)
+        if key is not None and scope is not KeyScope.PUBLIC:
+            if scope not in key.scopes:
+                message = f"this key is not for {scope} routes"
+                raise HttpError(ErrorReply(403, message, "permission_error", None, "wrong_scope"))
+            if scope is KeyScope.INFERENCE and request.method == "POST":
+                key.allowance.admit()
+        return await handler(request)
+
+    return guarded

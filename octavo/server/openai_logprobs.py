@@ -20,7 +20,7 @@ class LogprobShaper:
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], *, offset: int
     ) -> dict[str, Any]:
         """Four parallel lists; `offset` is where, in the answer's text, the first token begins."""
-        tokens = [self._text(token_id) for token_id in token_ids]
+        tokens = [self.text_of(token_id) for token_id in token_ids]
         offsets = []
         for token in tokens:
             offsets.append(offset)
@@ -29,7 +29,7 @@ class LogprobShaper:
             "tokens": tokens,
             "token_logprobs": [max(entry.logprob, _FLOOR) for entry in logprobs],
             "top_logprobs": [
-                {self._text(i): max(logprob, _FLOOR) for i, logprob in entry.top}
+                {self.text_of(i): max(logprob, _FLOOR) for i, logprob in entry.top}
                 | {token: max(entry.logprob, _FLOOR)}
                 for token, entry in zip(tokens, logprobs, strict=True)
             ],
@@ -38,7 +38,7 @@ class LogprobShaper:
 
     def num_chars(self, token_ids: Sequence[int]) -> int:
         """Characters that `completion` counts for these tokens."""
-        return sum(len(self._text(token_id)) for token_id in token_ids)
+        return sum(len(self.text_of(token_id)) for token_id in token_ids)
 
     def chat(
         self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs]
@@ -54,16 +54,21 @@ class LogprobShaper:
         """`bytes` is null for control tokens, which stand for none."""
         data = self._tokenizer.token_bytes(token_id)
         return {
-            "token": self._text(token_id),
+            "token": self.text_of(token_id),
             "logprob": max(logprob, _FLOOR),
             "bytes": list(data) or None,
         }
 
-    def _text(self, token_id: int) -> str:
+    def text_of(self, token_id: int) -> str:
+        """A token on its own, as clients see it."""
         text = self._texts.get(token_id)
         if text is None:
             text = self._texts[token_id] = self._read(token_id)
         return text
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether a token stands for no text."""
+        return not self._tokenizer.token_bytes(token_id)
 
     def _read(self, token_id: int) -> str:
         """A part of a character is spelt out, as OpenAI does, so that two of them differ."""

@@ -29,6 +29,23 @@ class Prompt:
     text: str | None = None
 
 
+def truncated(prompts: Sequence[Prompt], limit: int | None, *, room: int) -> list[Prompt]:
+    """The last `limit` tokens of each prompt, as vLLM's `truncate_prompt_tokens`.
+
+    -1 keeps what leaves space for the answer: `room`. A prompt that was cut has no text.
+    """
+    if limit is None:
+        return list(prompts)
+    if limit < 1 and limit != -1:
+        message = "truncate_prompt_tokens must be a positive integer, or -1"
+        raise bad_request(message, param="truncate_prompt_tokens")
+    keep = max(1, room) if limit == -1 else limit
+    return [
+        prompt if len(prompt.token_ids) <= keep else Prompt(prompt.token_ids[-keep:])
+        for prompt in prompts
+    ]
+
+
 class PromptReader:
     """Tokenizes prompts of one model."""
 

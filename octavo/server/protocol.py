@@ -55,6 +55,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None
     return_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
     cache_salt: str | None = None
     priority: int = 0
     tenant: str = ""
@@ -119,7 +120,6 @@ _REFUSED: dict[str, Neutral] = {
     "json_schema": (),
     "ebnf": (),
     "bad_words": ([],),
-    "truncate_prompt_tokens": (),
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "logits_processors": ([],),

@@ -11,17 +11,16 @@ from typing import TypeVar
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.core import RequestOptions, SamplingParams, check_prompt, resolve_max_tokens
+from octavo.core import RequestOptions, SamplingParams, check_prompt
 from octavo.errors import RequestError
-from octavo.server.answers import Answers
 from octavo.server.body import read_json
 from octavo.server.errors import bad_request
-from octavo.server.generation_response import GenerationResponse
+from octavo.server.generation import generate, shape_options
+from octavo.server.keys import Scope
 from octavo.server.openai_chat import ChatShape
 from octavo.server.openai_completions import CompletionShape
-from octavo.server.openai_logprobs import LogprobShaper
 from octavo.server.openai_shape import Shape, ShapeOptions
-from octavo.server.prompts import Prompt, PromptReader
+from octavo.server.prompts import Prompt, PromptReader, truncated
 from octavo.server.protocol import (
     ChatRequest,
     SamplingFields,
@@ -43,15 +42,14 @@ class OpenAIRoutes:
     def __init__(self, state: ServerState):
         self._state = state
         self._created = int(time.time())
-        self._shaper: LogprobShaper | None = None
 
     def routes(self) -> list[Route]:
         """What the application serves."""
         return [
-            Route("GET", "/v1/models", self.models),
-            Route("GET", "/v1/models/{model:path}", self.model),
-            Route("POST", "/v1/completions", self.completions),
-            Route("POST", "/v1/chat/completions", self.chat_completions),
+            Route("GET", "/v1/models", self.models, Scope.INFERENCE),
+            Route("GET", "/v1/models/{model:path}", self.model, Scope.INFERENCE),
+            Route("POST", "/v1/completions", self.completions, Scope.INFERENCE),
+            Route("POST", "/v1/chat/completions", self.chat_completions, Scope.INFERENCE),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -91,10 +89,11 @@ class OpenAIRoutes:
         prompts = await reader.completion(
             fields.prompt, add_special_tokens=_or(fields.add_special_tokens, True)
         )
-        options = self._options(fields, prompts, sampling, model=name)
+        prompts = truncated(prompts, fields.truncate_prompt_tokens, room=_room(sampling, state))
+        options = _shape_options(state, fields, prompts, sampling, model=name)
         echoes = [self._echo(prompt, sampling) for prompt in prompts] if fields.echo else None
-        shape = CompletionShape(options, self._logprob_shaper(), echoes=echoes)
-        return self._response(shape, sampling, fields, arrival_s=arrival_s)
+        shape = CompletionShape(options, state.logprob_shaper, echoes=echoes)
+        return _generate(request, state, shape, sampling, fields, arrival_s=arrival_s)
 
     def _echo(self, prompt: Prompt, sampling: SamplingParams) -> str:
         if prompt.text is not None:
@@ -116,63 +115,56 @@ class OpenAIRoutes:
             prompt = await reader.chat(
                 fields.messages, add_generation_prompt=_or(fields.add_generation_prompt, True)
             )
-            options = self._options(fields, [prompt], sampling, model=name)
-        shape = ChatShape(options, self._logprob_shaper())
-        return self._response(shape, sampling, fields, arrival_s=arrival_s)
+            prompts = truncated(
+                [prompt], fields.truncate_prompt_tokens, room=_room(sampling, state)
+            )
+            options = _shape_options(state, fields, prompts, sampling, model=name)
+        shape = ChatShape(options, state.logprob_shaper)
+        return _generate(request, state, shape, sampling, fields, arrival_s=arrival_s)
 
-    def _options(
-        self,
-        fields: SamplingFields,
-        prompts: Sequence[Prompt],
-        sampling: SamplingParams,
-        *,
-        model: str,
-    ) -> ShapeOptions:
-        limits = self._state.limits
-        if len(prompts) * sampling.n > limits.max_choices:
-            message = f"prompts times n must be at most {limits.max_choices}"
-            raise bad_request(message, param="n")
-        served = self._state.engine.model
-        if sampling.logprobs is not None and not served.has_text:
-            message = "logprobs spell tokens, and no tokenizer is loaded (skip_tokenizer_init)"
-            raise bad_request(message, param="logprobs")
-        for prompt in prompts:
-            resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, served.max_model_len)
-        return ShapeOptions(
-            model=model,
-            prompts=prompts,
-            num_per_prompt=sampling.n,
-            with_logprobs=sampling.logprobs is not None,
-            return_token_ids=bool(fields.return_token_ids),
-            include_usage=fields.include_usage,
-            has_text=served.has_text,
-        )
 
-    def _logprob_shaper(self) -> LogprobShaper:
-        """Made at the first request: only then is the engine sure to know its tokenizer."""
-        if self._shaper is None:
-            self._shaper = LogprobShaper(self._state.engine.model.tokenizer)
-        return self._shaper
+def _shape_options(
+    state: ServerState,
+    fields: SamplingFields,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    *,
+    model: str,
+) -> ShapeOptions:
+    return shape_options(
+        state,
+        prompts,
+        sampling,
+        model=model,
+        return_token_ids=bool(fields.return_token_ids),
+        include_usage=fields.include_usage,
+    )
 
-    def _response(
-        self, shape: Shape, sampling: SamplingParams, fields: SamplingFields, *, arrival_s: float
-    ) -> Response:
-        answers = Answers(
-            self._state.engine,
-            shape.options.prompts,
-            sampling,
-            options=RequestOptions(
-                cache_salt=fields.cache_salt,
-                priority=fields.priority,
-                tenant=fields.tenant,
-                deadline_ms=fields.deadline_ms,
-            ),
-            response_id=shape.id,
-            metrics=self._state.metrics,
-            arrival_s=arrival_s,
-            max_unread_deltas=self._state.limits.max_unread_deltas,
-        )
-        return GenerationResponse(answers, shape, stream=bool(fields.stream))
+
+def _generate(
+    request: Request,
+    state: ServerState,
+    shape: Shape,
+    sampling: SamplingParams,
+    fields: SamplingFields,
+    *,
+    arrival_s: float,
+) -> Response:
+    options = RequestOptions(
+        cache_salt=fields.cache_salt,
+        priority=fields.priority,
+        tenant=fields.tenant,
+        deadline_ms=fields.deadline_ms,
+    )
+    stream = bool(fields.stream)
+    return generate(
+        request, state, shape, sampling, options=options, stream=stream, arrival_s=arrival_s
+    )
+
+
+def _room(sampling: SamplingParams, state: ServerState) -> int:
+    """Tokens of a prompt that leave room for its answer."""
+    return state.engine.model.max_model_len - (sampling.max_tokens or 1)
 
 
 def _or(value: T | None, default: T) -> T:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.server.errors import ErrorReply, HttpError, unavailable
+from octavo.server.keys import Scope
 from octavo.server.replies import json_response
 from octavo.server.state import Route, ServerState
 
@@ -23,12 +24,12 @@ class OpsRoutes:
     def routes(self) -> list[Route]:
         """What the application serves."""
         return [
-            Route("GET", "/health", self.health),
-            Route("GET", "/ready", self.ready),
-            Route("GET", "/version", self.version),
-            Route("GET", "/metrics", self.metrics),
-            Route("GET", "/debug/requests/{request_id}", self.why),
-            Route("GET", "/", self.root),
+            Route("GET", "/health", self.health, Scope.PUBLIC),
+            Route("GET", "/ready", self.ready, Scope.METRICS),
+            Route("GET", "/version", self.version, Scope.METRICS),
+            Route("GET", "/metrics", self.metrics, Scope.METRICS),
+            Route("GET", "/debug/requests/{request_id}", self.why, Scope.ADMIN),
+            Route("GET", "/", self.root, Scope.INFERENCE),
         ]
 
     async def health(self, request: Request) -> Response:
@@ -45,7 +46,7 @@ class OpsRoutes:
 
     async def version(self, request: Request) -> Response:
         """As vLLM's."""
-        return json_response({"version": _version()})
+        return json_response({"version": octavo_version()})
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
@@ -66,14 +67,15 @@ class OpsRoutes:
         return json_response(
             {
                 "name": "octavo",
-                "version": _version(),
+                "version": octavo_version(),
                 "models": self._state.model_names,
                 "see": ["/v1/models", "/v1/completions", "/v1/chat/completions", "/metrics"],
             }
         )
 
 
-def _version() -> str:
+def octavo_version() -> str:
+    """Of the package that runs."""
     try:
         return version("octavo")
     except PackageNotFoundError:  # run from a checkout that was never installed

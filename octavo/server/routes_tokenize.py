@@ -13,6 +13,7 @@ from octavo.core import check_prompt
 from octavo.errors import ContextLengthError, RequestError
 from octavo.server.body import decode, read_json
 from octavo.server.errors import bad_request
+from octavo.server.keys import Scope
 from octavo.server.prompts import Prompt, PromptReader
 from octavo.server.protocol import Message
 from octavo.server.replies import json_response
@@ -51,8 +52,8 @@ class TokenizeRoutes:
     def routes(self) -> list[Route]:
         """What the application serves."""
         return [
-            Route("POST", "/tokenize", self.tokenize),
-            Route("POST", "/detokenize", self.detokenize),
+            Route("POST", "/tokenize", self.tokenize, Scope.INFERENCE),
+            Route("POST", "/detokenize", self.detokenize, Scope.INFERENCE),
         ]
 
     async def tokenize(self, request: Request) -> Response:

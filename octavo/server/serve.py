@@ -58,6 +58,8 @@ class OctavoServer(uvicorn.Server):
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
                 proxy_headers=False,
                 timeout_keep_alive=config.keep_alive_s,
                 timeout_graceful_shutdown=config.drain_timeout_s,

@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -10,8 +11,10 @@ from starlette.responses import Response
 from octavo.engine import ServingEngine
 from octavo.errors import UnknownModelError
 from octavo.server.config import ServerConfig
+from octavo.server.keys import ApiKey, KeyRing, Scope
 from octavo.server.limits import Limits
 from octavo.server.metrics import ServerMetrics
+from octavo.server.openai_logprobs import LogprobShaper
 
 
 @dataclass
@@ -22,8 +25,14 @@ class ServerState:
     config: ServerConfig
     limits: Limits
     metrics: ServerMetrics
+    keys: KeyRing
     draining: bool = False
     startup_error: Exception | None = None  # what came out of the lifespan instead of a start
+
+    @cached_property
+    def logprob_shaper(self) -> LogprobShaper:
+        """Made at the first request: only then is the engine sure to know its tokenizer."""
+        return LogprobShaper(self.engine.model.tokenizer)
 
     @property
     def model_names(self) -> tuple[str, ...]:
@@ -48,3 +57,10 @@ class Route(NamedTuple):
     method: str
     path: str
     handler: Handler
+    scope: Scope  # what a key must be good for
+
+
+def key_of(request: Request) -> ApiKey | None:
+    """The key that came with a request; None where the server is open to all."""
+    key: ApiKey | None = request.scope.get("octavo.key")
+    return key

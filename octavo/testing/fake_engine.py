@@ -7,7 +7,7 @@ the caller's event loop. Knows no HTTP.
 import asyncio
 import codecs
 from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from octavo.core import (
     EngineStats,
@@ -138,7 +138,10 @@ class FakeEngine:
             error = self.script.failure
             return TextDelta(answer.index, "", finish_reason=FinishReason.ERROR, error=error)
         self.num_generation_tokens += 1
-        return next(answer.deltas)
+        delta = next(answer.deltas)
+        if answer.num_tokens == 1:
+            delta = replace(delta, queue_time_s=self.script.queue_delay_s)
+        return delta
 
 
 class _Answer:

@@ -73,6 +73,12 @@ async def test_streams_carry_the_tokens_and_text_of_the_offline_engine(engine, m
     await until(lambda: engine.stats().num_free_blocks == engine.stats().num_blocks)
 
 
+async def test_the_first_delta_says_how_the_request_came_there(engine):
+    first, *others = await collect(engine, "r", max_tokens=3)
+    assert 0 <= first.queue_time_s < 5 and 0 < first.prefill_time_s < 5
+    assert [(d.queue_time_s, d.prefill_time_s) for d in others] == [(0, 0)] * 2
+
+
 async def test_n_answers_come_interleaved_each_with_its_own_end(engine):
     deltas = await collect(engine, "n", temperature=1.0, seed=3, n=3, max_tokens=8)
     ends = [d.index for d in deltas if d.finish_reason is not None]

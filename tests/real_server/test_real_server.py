@@ -40,11 +40,11 @@ class Server:
 
     def metric(self, name):
         text = urllib.request.urlopen(f"{self.url}/metrics", timeout=10).read().decode()
-        return float(re.search(rf"^octavo:{name} (\S+)", text, re.M)[1])
+        return float(re.search(rf"^octavo_{name} (\S+)", text, re.M)[1])
 
     def is_at_rest(self):
         return (
-            self.metric("kv_blocks_free") == self.metric("kv_blocks_total")
+            self.metric("kv_blocks_free") == self.metric("kv_blocks")
             and self.metric("num_requests_running") == self.metric("num_requests_waiting") == 0
         )
 

@@ -1,14 +1,11 @@
 """A fake engine behind the server: in-process, and behind a real socket of an ephemeral port."""
 
-import socket
-import threading
 from collections.abc import AsyncIterator, Iterator
 
 import httpx
 import pytest
-from server.helpers import CONFIG, LiveServer, client_of, eventually
+from server.helpers import CONFIG, LiveServer, client_of, eventually, serving
 
-from octavo.server import OctavoServer, create_app
 from octavo.testing.fake_engine import FakeEngine, FakeScript
 
 
@@ -26,17 +23,8 @@ async def client(engine: FakeEngine) -> AsyncIterator[httpx.AsyncClient]:
 
 @pytest.fixture(scope="session")
 def running_server() -> Iterator[LiveServer]:
-    engine = FakeEngine()
-    listener = socket.create_server(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    server = OctavoServer(create_app(engine, CONFIG), CONFIG)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    eventually(lambda: server.started)
-    yield LiveServer(engine, port)
-    server.should_exit = True
-    thread.join(timeout=10)
-    assert not thread.is_alive()
+    with serving(FakeEngine(), CONFIG) as live:
+        yield live
 
 
 @pytest.fixture

@@ -1,13 +1,15 @@
 """Clients of an application on a fake engine, and patience with other threads."""
 
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import httpx
 
-from octavo.server import ServerConfig, create_app
+from octavo.server import OctavoServer, ServerConfig, create_app
 from octavo.testing.fake_engine import FakeEngine
 
 CONFIG = ServerConfig(max_request_bytes=200_000, read_timeout_s=0.3, write_timeout_s=0.3)
@@ -40,3 +42,20 @@ class LiveServer:
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=5)
+
+
+@contextmanager
+def serving(engine: FakeEngine, config: ServerConfig) -> Iterator[LiveServer]:
+    """A server in a thread, on a port of its own."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = OctavoServer(create_app(engine, config), config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    eventually(lambda: server.started)
+    try:
+        yield LiveServer(engine, port)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)
+    assert not thread.is_alive()

@@ -15,7 +15,7 @@ KEY = "correct horse battery staple"
 CONFIG = ServerConfig(api_key=KEY, served_model_name=("alias",))
 APP = create_app(FakeEngine(), CONFIG)
 ROUTES = [
-    (method, route.path.replace("{model:path}", "fake-model"))
+    (method, route.path.replace("{model:path}", "fake-model").replace("{model}", "fake-model"))
     for route in APP.routes
     if isinstance(route, Route)
     for method in sorted(route.methods or ())
@@ -29,7 +29,7 @@ async def locked() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def test_the_walk_sees_all_routes() -> None:
-    assert len(ROUTES) == len(APP.routes) + 8  # each GET brings a HEAD
+    assert len(ROUTES) == len(APP.routes) + 14  # each GET brings a HEAD
     assert ("POST", "/v1/chat/completions") in ROUTES
 
 
@@ -39,7 +39,7 @@ async def test_route_walk(locked: httpx.AsyncClient, method: str, path: str) -> 
     key = {"authorization": f"Bearer {KEY}"}
     with_key = await locked.request(method, path, headers=key)
     assert with_key.status_code != 401
-    if path == "/health":
+    if path in ("/health", "/v2/health/live"):
         assert without.status_code == 200
     else:
         assert without.status_code == 401

@@ -357,3 +357,24 @@ async def test_request_ids(client: httpx.AsyncClient, sent: str, kept: bool) -> 
     returned = response.headers["x-request-id"]
     assert (returned == sent) is kept
     assert 0 < len(returned) <= 64
+
+
+async def test_prompts_are_truncated_from_the_left(client, engine) -> None:
+    ids = list(range(10, 60))
+    for limit, kept in ((7, 7), (50, 50), (99, 50), (-1, 50)):
+        body = {"prompt": ids, "max_tokens": 2, "truncate_prompt_tokens": limit}
+        response = await client.post("/v1/completions", json=body)
+        assert response.json()["usage"]["prompt_tokens"] == kept
+        assert list(engine.requests.values())[-1][0] == ids[-kept:]
+    long = {"prompt": list(range(1, 200)) * 25, "max_tokens": 100}  # more than the context
+    assert (await client.post("/v1/completions", json=long)).status_code == 400
+    response = await client.post("/v1/completions", json=long | {"truncate_prompt_tokens": -1})
+    assert response.json()["usage"]["prompt_tokens"] == engine.max_model_len - 100
+    chat = {"messages": [{"role": "user", "content": "Hello there"}], "max_tokens": 2}
+    response = await client.post("/v1/chat/completions", json=chat | {"truncate_prompt_tokens": 3})
+    assert response.json()["usage"]["prompt_tokens"] == 3
+    for wrong in (0, -2):
+        response = await client.post(
+            "/v1/completions", json={"prompt": "a", "truncate_prompt_tokens": wrong}
+        )
+        assert response.json()["error"]["param"] == "truncate_prompt_tokens"

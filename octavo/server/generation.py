@@ -1,0 +1,100 @@
+"""From a checked request of whatever surface to a response that generates: keys, bounds, books.
+
+The one way to the engine, so that no surface can pass a limit by. Knows no surface's fields.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from hashlib import sha256
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from octavo.core import RequestOptions, SamplingParams, resolve_max_tokens
+from octavo.server.allowance import UNBOUNDED
+from octavo.server.answers import Answers
+from octavo.server.errors import ErrorReply, HttpError, bad_request
+from octavo.server.generation_response import GenerationResponse
+from octavo.server.keys import ApiKey
+from octavo.server.openai_shape import Shape, ShapeOptions
+from octavo.server.prompts import Prompt
+from octavo.server.state import ServerState, key_of
+
+
+def shape_options(
+    state: ServerState,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    *,
+    model: str,
+    return_token_ids: bool = False,
+    include_usage: bool = False,
+) -> ShapeOptions:
+    """What the response will have to show; refuses what could not be answered."""
+    if len(prompts) * sampling.n > state.limits.max_choices:
+        message = f"prompts times n must be at most {state.limits.max_choices}"
+        raise bad_request(message, param="n")
+    served = state.engine.model
+    if sampling.logprobs is not None and not served.has_text:
+        message = "logprobs spell tokens, and no tokenizer is loaded (skip_tokenizer_init)"
+        raise bad_request(message, param="logprobs")
+    for prompt in prompts:
+        resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, served.max_model_len)
+    return ShapeOptions(
+        model=model,
+        prompts=prompts,
+        num_per_prompt=sampling.n,
+        with_logprobs=sampling.logprobs is not None,
+        return_token_ids=return_token_ids,
+        include_usage=include_usage,
+        has_text=served.has_text,
+    )
+
+
+def generate(
+    request: Request,
+    state: ServerState,
+    shape: Shape,
+    sampling: SamplingParams,
+    *,
+    options: RequestOptions,
+    stream: bool,
+    arrival_s: float | None = None,
+) -> Response:
+    """The response to a request; the engine hears of it when the response is sent."""
+    key, max_model_len = key_of(request), state.engine.model.max_model_len
+    prompts = shape.options.prompts
+    answers = Answers(
+        state.engine,
+        prompts,
+        sampling,
+        options=_of_tenant(options, key),
+        response_id=shape.id,
+        metrics=state.metrics,
+        arrival_s=time.monotonic() if arrival_s is None else arrival_s,
+        max_unread_deltas=state.limits.max_unread_deltas,
+    )
+    allowance = UNBOUNDED if key is None else key.allowance
+    most = sum(_most_tokens(len(p.token_ids), sampling, max_model_len) for p in prompts)
+    reserve = partial(allowance.reserve, most)
+    return GenerationResponse(answers, shape, stream=stream, reserve=reserve)
+
+
+def _most_tokens(num_prompt_tokens: int, sampling: SamplingParams, max_model_len: int) -> int:
+    """What a prompt and its answers may come to."""
+    max_tokens = resolve_max_tokens(num_prompt_tokens, sampling.max_tokens, max_model_len)
+    return num_prompt_tokens + sampling.num_sequences * max_tokens
+
+
+def _of_tenant(options: RequestOptions, key: ApiKey | None) -> RequestOptions:
+    """The client's options; of a tenant's key, for that tenant, whose prefixes nobody shares."""
+    if key is None or key.entry.tenant is None:
+        return options
+    tenant = key.entry.tenant
+    if options.tenant not in ("", tenant):
+        message = "this key is another tenant's"
+        raise HttpError(ErrorReply(403, message, "permission_error", "tenant", "wrong_tenant"))
+    salt = sha256(f"{tenant}/{options.cache_salt or ''}".encode()).hexdigest()
+    return msgspec.structs.replace(options, tenant=tenant, cache_salt=salt)
