@@ -1,6 +1,6 @@
 """The nouns of Octavo. Pure data and arithmetic: no torch, no HTTP, no files."""
 
-from octavo.core.events import EngineStats, RequestEvent
+from octavo.core.events import EngineStats, RequestEvent, RequestStatus
 from octavo.core.plan import (
     NewSequence,
     SampledTokens,
@@ -46,6 +46,7 @@ __all__ = [
     "Request",
     "RequestEvent",
     "RequestOptions",
+    "RequestStatus",
     "SampledTokens",
     "SamplingParams",
     "ScheduledTokens",

@@ -20,6 +20,21 @@ class RequestEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_time_s: float = 0.0  # from that step to this event
 
 
+class RequestStatus(msgspec.Struct, frozen=True):
+    """A live request, as of now."""
+
+    request_id: str
+    status: str  # "waiting" or "running"
+    reason: str  # what binds it, as in `octavo why`
+    age_s: float  # since it arrived
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_output_tokens: int
+    num_preemptions: int
+    priority: int
+    tenant: str
+
+
 class EngineStats(msgspec.Struct, frozen=True):
     """The engine's gauges after a step."""
 

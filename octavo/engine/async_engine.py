@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -20,20 +21,30 @@ import zmq.asyncio
 
 from octavo import errors
 from octavo.config import EngineOptions
-from octavo.core import EngineStats, Request, RequestEvent, RequestOptions, SamplingParams
+from octavo.core import (
+    EngineStats,
+    Request,
+    RequestEvent,
+    RequestOptions,
+    RequestStatus,
+    SamplingParams,
+)
 from octavo.engine.answers import Answer, check_request, fan_out
 from octavo.engine.interface import DEFAULT_OPTIONS, ServedModel, TextDelta
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
     Explain,
-    Explanation,
     Fatal,
+    ListRequests,
     News,
     PhaseDone,
+    Question,
     Ready,
     Refused,
+    ResetPrefixCache,
     ToEngine,
+    Told,
     decode_from_engine,
     encode,
 )
@@ -106,7 +117,8 @@ class AsyncEngine:
         self._model_name = model_name
         self._max_num_queued_reqs = max_num_queued_reqs
         self._streams: dict[str, _Stream] = {}  # engine request id -> its stream
-        self._explanations: dict[str, list[asyncio.Future[dict[str, list[str]]]]] = {}
+        self._questions: dict[int, asyncio.Future[Any]] = {}  # by number, until they are answered
+        self._numbers = itertools.count()
         self._dead: EngineDeadError | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -189,12 +201,33 @@ class AsyncEngine:
 
     async def why(self, request_id: str) -> dict[str, list[str]]:
         """See `ServingEngine.why`."""
-        self.check_health()
-        waiter = asyncio.get_running_loop().create_future()
-        self._explanations.setdefault(request_id, []).append(waiter)
-        self._send(Explain(request_id))
-        stories: dict[str, list[str]] = await waiter
+        stories: dict[str, list[str]] = await self._ask(Explain(next(self._numbers), request_id))
         return stories
+
+    async def requests(self) -> list[RequestStatus]:
+        """See `ServingEngine.requests`."""
+        statuses: list[RequestStatus] = await self._ask(ListRequests(next(self._numbers)))
+        return statuses
+
+    async def reset_prefix_cache(self) -> None:
+        """See `ServingEngine.reset_prefix_cache`."""
+        await self._ask(ResetPrefixCache(next(self._numbers)))
+
+    @property
+    def settings(self) -> list[tuple[str, str, str, str]]:
+        """See `ServingEngine.settings`."""
+        return self._ready.settings
+
+    async def _ask(self, question: Question) -> Any:
+        """What the engine answers between two of its steps."""
+        self.check_health()
+        answer = asyncio.get_running_loop().create_future()
+        self._questions[question.number] = answer
+        self._send(question)
+        try:
+            return await answer
+        finally:
+            self._questions.pop(question.number, None)
 
     def _check_room(self, num_new: int) -> None:
         room = self._ready.max_num_seqs + self._max_num_queued_reqs
@@ -227,9 +260,10 @@ class AsyncEngine:
                     self._forget(stopped)
             elif isinstance(message, Refused):
                 self._refuse(message)
-            elif isinstance(message, Explanation):
-                for waiter in self._explanations.pop(message.request_id, []):
-                    waiter.set_result(message.stories)
+            elif isinstance(message, Told):
+                answer = self._questions.get(message.number)
+                if answer is not None and not answer.done():  # else: who asked has gone
+                    answer.set_result(message.content)
             elif isinstance(message, Fatal):
                 self._die(EngineDeadError(f"the engine stopped: {message.message}"))
                 return
@@ -280,10 +314,9 @@ class AsyncEngine:
     def _die(self, error: EngineDeadError) -> None:
         if self._dead is None:
             self._dead = error
-        for waiter in itertools.chain.from_iterable(self._explanations.values()):
-            if not waiter.done():
-                waiter.set_exception(self._dead)
-        self._explanations.clear()
+        for answer in self._questions.values():
+            if not answer.done():
+                answer.set_exception(self._dead)
         for stream in set(self._streams.values()):
             stream.open.clear()
             stream.deltas.put_nowait(self._dead)

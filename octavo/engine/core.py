@@ -11,6 +11,7 @@ from octavo.core import (
     PendingResult,
     Request,
     RequestEvent,
+    RequestStatus,
     StepPlan,
 )
 from octavo.errors import EngineDeadError
@@ -88,6 +89,14 @@ class EngineCore:
         except Exception as error:
             return self._fail(plan, error)
         return self._succeed(events)
+
+    def requests(self) -> list[RequestStatus]:
+        """All live requests."""
+        return self._scheduler.statuses()
+
+    def reset_prefix_cache(self) -> None:
+        """No content that is in memory now will be found again; nothing that runs is touched."""
+        self._scheduler.allocator.forget_all()
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now."""

@@ -7,7 +7,14 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from octavo.core import EngineStats, FinishReason, RequestOptions, SamplingParams, TokenLogprobs
+from octavo.core import (
+    EngineStats,
+    FinishReason,
+    RequestOptions,
+    RequestStatus,
+    SamplingParams,
+    TokenLogprobs,
+)
 from octavo.text import NoTokenizer, Tokenizer
 
 DEFAULT_OPTIONS = RequestOptions()
@@ -71,6 +78,19 @@ class ServingEngine(Protocol):
 
     async def why(self, request_id: str) -> dict[str, list[str]]:
         """What happened to live and recently finished requests whose ids begin with this."""
+        ...
+
+    async def requests(self) -> list[RequestStatus]:
+        """All live requests, as the engine knows them: one for each answer."""
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Let no content that is in memory now be found again; what runs is not touched."""
+        ...
+
+    @property
+    def settings(self) -> list[tuple[str, str, str, str]]:
+        """The resolved configuration: (name, value, where it came from, why)."""
         ...
 
     def stats(self) -> EngineStats:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from octavo.core import EngineStats, Request, RequestEvent
+from octavo.core import EngineStats, Request, RequestEvent, RequestStatus
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):
@@ -20,7 +20,20 @@ class AbortRequests(msgspec.Struct, frozen=True, tag=True):
 class Explain(msgspec.Struct, frozen=True, tag=True):
     """Tell the story of a request: of all engine requests whose ids begin with this."""
 
+    number: int  # of the question; the answer has the same
     request_id: str
+
+
+class ListRequests(msgspec.Struct, frozen=True, tag=True):
+    """Tell which requests are alive."""
+
+    number: int
+
+
+class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
+    """Forget all content that could be found again."""
+
+    number: int
 
 
 class PhaseDone(msgspec.Struct, frozen=True, tag=True):
@@ -61,8 +74,22 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
 class Explanation(msgspec.Struct, frozen=True, tag=True):
     """The answer to `Explain`: for each engine request, a sentence for each phase."""
 
-    request_id: str
-    stories: dict[str, list[str]]
+    number: int
+    content: dict[str, list[str]]
+
+
+class RequestList(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `ListRequests`."""
+
+    number: int
+    content: list[RequestStatus]
+
+
+class WasReset(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `ResetPrefixCache`."""
+
+    number: int
+    content: None = None
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
@@ -72,8 +99,10 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToEngine = AddRequests | AbortRequests | Explain
-FromEngine = PhaseDone | Ready | News | Refused | Explanation | Fatal
+Question = Explain | ListRequests | ResetPrefixCache
+Told = Explanation | RequestList | WasReset
+ToEngine = AddRequests | AbortRequests | Question
+FromEngine = PhaseDone | Ready | News | Refused | Told | Fatal
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -25,10 +25,14 @@ from octavo.engine.messages import (
     Explain,
     Explanation,
     Fatal,
+    ListRequests,
     News,
     PhaseDone,
     Ready,
     Refused,
+    RequestList,
+    ResetPrefixCache,
+    WasReset,
     decode_to_engine,
     encode,
 )
@@ -107,8 +111,13 @@ def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> list[RequestEvent
                     socket.send(encode(_refusal(requests[0].request_id, error)))
             case AbortRequests(request_ids):
                 events += core.abort(request_ids)
-            case Explain(request_id):
-                socket.send(encode(Explanation(request_id, core.why(request_id))))
+            case Explain(number, request_id):
+                socket.send(encode(Explanation(number, core.why(request_id))))
+            case ListRequests(number):
+                socket.send(encode(RequestList(number, core.requests())))
+            case ResetPrefixCache(number):
+                core.reset_prefix_cache()
+                socket.send(encode(WasReset(number)))
     return events
 
 

@@ -81,6 +81,10 @@ class Allocator(Protocol):
         """The content of these blocks is not what it was taken for: nobody must find it."""
         ...
 
+    def forget_all(self) -> None:
+        """Empty the prefix cache, where there is one; what live sequences hold stays theirs."""
+        ...
+
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """Recount everything from the live sequences' block tables."""
         ...
@@ -177,6 +181,9 @@ class PagedAllocator:
 
     def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
         """Nothing is kept outside of the blocks that sequences hold."""
+
+    def forget_all(self) -> None:
+        """Nothing can be found."""
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         self._pool.check_integrity([sequence.block_ids for sequence in live])

@@ -94,6 +94,9 @@ class RunAllocator(ABC):
     def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
         return  # nothing was to be copied
 
+    def forget_all(self) -> None:
+        return  # nothing can be found
+
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         held: dict[int, int] = {}
         for sequence in live:

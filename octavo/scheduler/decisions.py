@@ -107,6 +107,10 @@ class DecisionLog:
             if story.request_id.startswith(request_id)
         }
 
+    def reason_of(self, request_id: str) -> str:
+        """What binds a live request now, in a word."""
+        return self._live[request_id].phases[-1].reason
+
     def waiting_by_reason(self) -> dict[str, int]:
         """How many requests wait, by what binds them."""
         return {reason: count for reason, count in self._num_waiting.items() if count}

@@ -28,6 +28,7 @@ from octavo.core import (
     Fork,
     Request,
     RequestEvent,
+    RequestStatus,
     SampledTokens,
     Sequence,
     StepPlan,
@@ -398,6 +399,25 @@ class Scheduler:
             num_transfers=dict(self._num_transfers),
             waiting_by_reason=self.decisions.waiting_by_reason(),
         )
+
+    def statuses(self) -> list[RequestStatus]:
+        """All live requests, those that run first."""
+        now_s = self._clock.now()
+        return [
+            RequestStatus(
+                request_id=sequence.id,
+                status="running" if sequence.status is RUNNING else "waiting",
+                reason=self.decisions.reason_of(sequence.id),
+                age_s=now_s - sequence.arrival_s,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_computed_tokens=sequence.num_computed_tokens,
+                num_output_tokens=sequence.num_output_tokens,
+                num_preemptions=sequence.num_preemptions,
+                priority=sequence.request.options.priority,
+                tenant=sequence.request.options.tenant,
+            )
+            for sequence in (*self._running, *self._waiting)
+        ]
 
     def check_integrity(self) -> None:
         """Recount queues and blocks from scratch; raise `IntegrityError` on any difference."""

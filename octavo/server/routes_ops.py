@@ -1,10 +1,11 @@
-"""/health, /ready, /version, /metrics and the root: what operators and their probes ask.
+"""/health, /ready, /metrics, /load and the like: what operators and their probes ask.
 
 Liveness and readiness differ: a server that drains is alive but not ready. Knows no generation.
 """
 
 from importlib.metadata import PackageNotFoundError, version
 
+import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
@@ -28,7 +29,11 @@ class OpsRoutes:
             Route("GET", "/ready", self.ready, Scope.METRICS),
             Route("GET", "/version", self.version, Scope.METRICS),
             Route("GET", "/metrics", self.metrics, Scope.METRICS),
+            Route("GET", "/load", self.load, Scope.METRICS),
+            Route("GET", "/server_info", self.server_info, Scope.ADMIN),
+            Route("GET", "/debug/requests", self.requests, Scope.ADMIN),
             Route("GET", "/debug/requests/{request_id}", self.why, Scope.ADMIN),
+            Route("POST", "/reset_prefix_cache", self.reset_prefix_cache, Scope.ADMIN),
             Route("GET", "/", self.root, Scope.INFERENCE),
         ]
 
@@ -52,6 +57,46 @@ class OpsRoutes:
         """Prometheus text."""
         exposition = self._state.metrics.exposition()
         return Response(exposition, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def load(self, request: Request) -> Response:
+        """How busy the engine is, for whoever balances load; `server_load` is vLLM's."""
+        stats = self._state.engine.stats()
+        num_used = stats.num_blocks - stats.num_free_blocks
+        return json_response(
+            {
+                "server_load": stats.num_running + stats.num_waiting,
+                "num_requests_running": stats.num_running,
+                "num_requests_waiting": stats.num_waiting,
+                "kv_cache_usage_ratio": num_used / (stats.num_blocks or 1),
+            }
+        )
+
+    async def server_info(self, request: Request) -> Response:
+        """The model, and every setting with where it came from and why."""
+        model = self._state.engine.model
+        settings = {
+            name: {"value": value, "source": source, "why": why}
+            for name, value, source, why in self._state.engine.settings
+        }
+        return json_response(
+            {
+                "version": octavo_version(),
+                "model": model.name,
+                "max_model_len": model.max_model_len,
+                "vocab_size": model.vocab_size,
+                "settings": settings,
+            }
+        )
+
+    async def requests(self, request: Request) -> Response:
+        """All live requests, one entry for each answer."""
+        statuses = await self._state.engine.requests()
+        return json_response({"requests": [msgspec.structs.asdict(status) for status in statuses]})
+
+    async def reset_prefix_cache(self, request: Request) -> Response:
+        """Let no content that is cached now be found again."""
+        await self._state.engine.reset_prefix_cache()
+        return json_response({"status": "ok"})
 
     async def why(self, request: Request) -> Response:
         """What the scheduler decided about a request, a sentence for each phase."""

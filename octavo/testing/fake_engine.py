@@ -13,6 +13,7 @@ from octavo.core import (
     EngineStats,
     FinishReason,
     RequestOptions,
+    RequestStatus,
     SamplingParams,
     TokenLogprobs,
     check_prompt,
@@ -55,11 +56,12 @@ class FakeEngine:
     script: FakeScript = field(default_factory=FakeScript)
     name: str = "fake-model"
     max_model_len: int = 4096
-    requests: dict[str, tuple[list[int], SamplingParams]] = field(default_factory=dict)
+    received: dict[str, tuple[list[int], SamplingParams]] = field(default_factory=dict)
     live: set[str] = field(default_factory=set)
     finished: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     num_prompt_tokens: int = 0
+    num_resets: int = 0
     num_generation_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -75,9 +77,26 @@ class FakeEngine:
         """A story for each live request whose id begins with this."""
         return {name: ["running"] for name in self.live if name.startswith(request_id)}
 
+    async def requests(self) -> list[RequestStatus]:
+        """One for each live request."""
+        return [
+            RequestStatus(name, "running", "running", 0.5, len(ids), len(ids), 1, 0, 0, "")
+            for name, (ids, _) in self.received.items()
+            if name in self.live
+        ]
+
+    async def reset_prefix_cache(self) -> None:
+        """Counts how often."""
+        self.num_resets += 1
+
+    @property
+    def settings(self) -> list[tuple[str, str, str, str]]:
+        """One that somebody gave."""
+        return [("max_num_seqs", "7", "flag", "")]
+
     def stats(self) -> EngineStats:
         """Every live request runs, on as many blocks as its prompt needs."""
-        num_used = sum(len(self.requests[i][0]) // _TOKENS_PER_BLOCK + 1 for i in self.live)
+        num_used = sum(len(self.received[i][0]) // _TOKENS_PER_BLOCK + 1 for i in self.live)
         return EngineStats(
             num_running=len(self.live),
             num_waiting=0,
@@ -126,7 +145,7 @@ class FakeEngine:
         max_tokens = resolve_max_tokens(len(token_ids), sampling.max_tokens, self.max_model_len)
         check_prompt(token_ids, vocab_size=self.model.vocab_size)
         check_sampling_ids(sampling, vocab_size=self.model.vocab_size)
-        self.requests[request_id] = token_ids, sampling
+        self.received[request_id] = token_ids, sampling
         self.live.add(request_id)
         return max_tokens
 

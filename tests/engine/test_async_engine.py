@@ -116,6 +116,34 @@ async def test_closing_a_stream_early_frees_its_blocks(engine, num_read):
     assert engine.stats().num_free_blocks == engine.stats().num_blocks
 
 
+async def test_questions_are_answered_while_requests_run(engine):
+    running = asyncio.create_task(collect(engine, "long", max_tokens=200))
+    await until(lambda: engine.stats().num_running == 1)
+    stories, [status], *more = await asyncio.gather(
+        engine.why("long"), engine.requests(), engine.why("long"), engine.why("nobody")
+    )
+    assert list(stories) == ["long#0"] and stories["long#0"][-1].startswith("running")
+    assert [list(answer) for answer in more] == [["long#0"], []]
+    assert (status.request_id, status.status) == ("long#0", "running")
+    assert status.num_prompt_tokens == 20 and 0 < status.age_s < 5
+    await running
+    assert await engine.requests() == []
+    assert ("max_num_seqs" in [name for name, *_ in engine.settings]) and engine.settings
+
+
+async def test_what_was_cached_is_not_found_after_a_reset(engine):
+    for expected in (0, 16, 16):
+        first, *_ = await collect(engine, "r", max_tokens=3)
+        assert first.num_cached_tokens == expected
+    running = asyncio.create_task(collect(engine, "long", max_tokens=100))
+    await until(lambda: engine.stats().num_running == 1)
+    await engine.reset_prefix_cache()
+    first, *_ = await collect(engine, "r", max_tokens=3)
+    assert first.num_cached_tokens == 0
+    deltas = await running
+    assert sum(len(delta.token_ids) for delta in deltas) == 100
+
+
 async def test_wrong_requests_are_refused_before_they_reach_the_engine(engine):
     with pytest.raises(ContextLengthError, match=r"500.*512"):
         await collect(engine, "long", [1] * 500, max_tokens=100)

@@ -59,7 +59,11 @@ SCOPE_OF_ROUTE = {
     "/ready": "metrics",
     "/version": "metrics",
     "/metrics": "metrics",
+    "/load": "metrics",
+    "/server_info": "admin",
+    "/debug/requests": "admin",
     "/debug/requests/{request_id}": "admin",
+    "/reset_prefix_cache": "admin",
 }
 
 

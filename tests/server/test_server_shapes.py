@@ -158,7 +158,7 @@ async def test_forms_of_a_prompt(
     body = {"prompt": prompt, "max_tokens": 50, "add_special_tokens": False}
     document = (await client.post("/v1/completions", json=body)).json()
     assert document["choices"][0]["text"] == "Answer 0 to: Hi"
-    [(token_ids, _)] = engine.requests.values()
+    [(token_ids, _)] = engine.received.values()
     assert token_ids == [72, 105]
 
 
@@ -262,7 +262,7 @@ async def test_every_sampling_field_reaches_the_engine(
     }
     body = HELLO | fields | {"logit_bias": {"5": -100, "6": 1.5}}
     assert (await client.post("/v1/completions", json=body)).status_code == 200
-    [(_, sampling)] = engine.requests.values()
+    [(_, sampling)] = engine.received.values()
     assert {name: getattr(sampling, name) for name in fields} == fields
     assert sampling.logit_bias == {5: -100.0, 6: 1.5}
 
@@ -272,7 +272,7 @@ async def test_null_means_default(client: httpx.AsyncClient, engine: FakeEngine)
     names += ["logprobs", "stream", "stream_options", "suffix", "tools", "response_format"]
     body = HELLO | dict.fromkeys(names)
     assert (await client.post("/v1/completions", json=body)).status_code == 200
-    [(_, sampling)] = engine.requests.values()
+    [(_, sampling)] = engine.received.values()
     assert (sampling.max_tokens, sampling.temperature, sampling.n) == (16, 1.0, 1)
 
 
@@ -285,7 +285,7 @@ async def test_chat_messages(client: httpx.AsyncClient, engine: FakeEngine) -> N
     ]
     body = {"messages": messages, "add_generation_prompt": False}
     assert (await client.post("/v1/chat/completions", json=body)).status_code == 200
-    [(token_ids, sampling)] = engine.requests.values()
+    [(token_ids, sampling)] = engine.received.values()
     text = "system: Be brief.\nuser: a\nb\nassistant: ok\nuser: <|eos|>\n"
     assert bytes(token_ids[1:]).decode() == text
     assert sampling.max_tokens is None
@@ -365,7 +365,7 @@ async def test_prompts_are_truncated_from_the_left(client, engine) -> None:
         body = {"prompt": ids, "max_tokens": 2, "truncate_prompt_tokens": limit}
         response = await client.post("/v1/completions", json=body)
         assert response.json()["usage"]["prompt_tokens"] == kept
-        assert list(engine.requests.values())[-1][0] == ids[-kept:]
+        assert list(engine.received.values())[-1][0] == ids[-kept:]
     long = {"prompt": list(range(1, 200)) * 25, "max_tokens": 100}  # more than the context
     assert (await client.post("/v1/completions", json=long)).status_code == 400
     response = await client.post("/v1/completions", json=long | {"truncate_prompt_tokens": -1})

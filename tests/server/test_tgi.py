@@ -91,7 +91,7 @@ async def test_draws_and_greedy(client: httpx.AsyncClient, engine: FakeEngine) -
         ({"seed": 1}, 1.0),
     ):
         await client.post("/generate", json={"inputs": "a", "parameters": parameters})
-        _, sampling = list(engine.requests.values())[-1]
+        _, sampling = list(engine.received.values())[-1]
         assert sampling.temperature == temperature, parameters
 
 
