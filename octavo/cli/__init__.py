@@ -6,7 +6,20 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from octavo import __version__
-from octavo.cli import bench, chat, explain, generate, keys, plan, serve, sim, trace, tune, why
+from octavo.cli import (
+    bench,
+    chat,
+    explain,
+    generate,
+    keys,
+    plan,
+    run_batch,
+    serve,
+    sim,
+    trace,
+    tune,
+    why,
+)
 from octavo.errors import OctavoError
 
 COMMANDS: dict[str, ModuleType] = {
@@ -14,6 +27,7 @@ COMMANDS: dict[str, ModuleType] = {
     "keys": keys,
     "chat": chat,
     "generate": generate,
+    "run-batch": run_batch,
     "explain": explain,
     "plan": plan,
     "why": why,

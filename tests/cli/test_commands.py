@@ -164,3 +164,25 @@ def test_the_end_of_the_input_ends_a_chat(model):
         timeout=60,
     )
     assert run.returncode == 0, run.stderr
+
+
+def test_a_batch_file_is_answered_and_taken_up_again(model, tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    body = {"prompt": "Hello", "max_tokens": 3, "temperature": 0}
+    requests = [
+        {"custom_id": str(i), "method": "POST", "url": "/v1/completions", "body": body}
+        for i in range(5)
+    ]
+    requests[3] = requests[3] | {"body": body | {"max_tokens": -1}}
+    source.write_text("\n".join(map(json.dumps, requests)))
+    command = ("run-batch", model, "-i", str(source), "-o", str(target), *SMALL)
+    run = octavo(*command)
+    assert run.returncode == 1 and "5 answers, 1 of them errors" in run.stderr
+    answers = {a["custom_id"]: a["response"] for a in map(json.loads, target.read_text().splitlines())}
+    assert [answers[str(i)]["status_code"] for i in range(5)] == [200, 200, 200, 400, 200]
+    assert len({answers[i]["body"]["choices"][0]["text"] for i in "0124"}) == 1
+    assert "exists" in octavo(*command).stderr, "nothing is overwritten"
+    requests[3]["body"] = body
+    source.write_text("\n".join(map(json.dumps, requests)))
+    run = octavo(*command, "--resume")
+    assert run.returncode == 0 and "1 answers, 0 of them errors" in run.stderr
