@@ -101,9 +101,12 @@ class Answers:
 
     @property
     def num_used_tokens(self) -> int:
-        """Of prompts that the engine has taken, and of their answers so far."""
+        """Of prompts that the engine has taken, and of their answers so far.
+
+        Who goes away before the first token pays for the prompt: it may have been computed.
+        """
         num_tokens = sum(tally.num_tokens for tally in self.tallies)
-        if num_tokens or self._error is None:
+        if num_tokens or not isinstance(self._error, (RequestError, OverloadedError)):
             num_tokens += sum(len(prompt.token_ids) for prompt in self.prompts)
         return num_tokens
 

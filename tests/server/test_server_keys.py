@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from server.helpers import client_of
+from server.helpers import client_of, eventually, serving
 from starlette.routing import Route
 
 from octavo.cli import main
@@ -290,3 +290,19 @@ def test_the_command_makes_a_key_that_works(
     assert found.entry.tokens_per_minute == 5
     assert main(["keys", "first", "--file", str(path)]) == 1, "the name is taken"
     assert len(read_key_file(path)) == 2 and list(tmp_path.iterdir()) == [path]
+
+
+def test_who_goes_away_before_the_first_token_pays_for_the_prompt(tmp_path: Path) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(entry("few", "k", max_tokens=100))
+    engine = FakeEngine()
+    engine.script.queue_delay_s = 0.5
+    body = {"prompt": [1] * 80, "max_tokens": 10}
+    with serving(engine, ServerConfig(api_key_file=str(path))) as server:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body, headers=bearer("k"), timeout=0.1)
+        eventually(lambda: bool(engine.aborted) and not engine.live)
+        engine.script.queue_delay_s = 0.0
+        response = httpx.post(f"{server.url}/v1/completions", json=body, headers=bearer("k"))
+    assert response.status_code == 429
+    assert "20 of its 100 tokens left" in response.json()["error"]["message"]
