@@ -178,7 +178,8 @@ def test_a_batch_file_is_answered_and_taken_up_again(model, tmp_path):
     command = ("run-batch", model, "-i", str(source), "-o", str(target), *SMALL)
     run = octavo(*command)
     assert run.returncode == 1 and "5 answers, 1 of them errors" in run.stderr
-    answers = {a["custom_id"]: a["response"] for a in map(json.loads, target.read_text().splitlines())}
+    lines = map(json.loads, target.read_text().splitlines())
+    answers = {line["custom_id"]: line["response"] for line in lines}
     assert [answers[str(i)]["status_code"] for i in range(5)] == [200, 200, 200, 400, 200]
     assert len({answers[i]["body"]["choices"][0]["text"] for i in "0124"}) == 1
     assert "exists" in octavo(*command).stderr, "nothing is overwritten"
