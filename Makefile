@@ -10,7 +10,7 @@ SEEDS ?= 100000
 export GOMP_SPINCOUNT ?= 1000
 INSTALLED := .venv/.installed
 
-.PHONY: help run test check unit soak docs bench-cpu bench-kernels clean
+.PHONY: help run test check unit soak fuzz docs bench-cpu bench-kernels clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -31,6 +31,9 @@ check: $(INSTALLED)  ## linter, formatter and types
 
 soak: $(INSTALLED)  ## seeds of simulated engines, FIRST (0) and SEEDS (100000) of them: some minutes
 	$(BIN)/python -m octavo.sim.swarm --seeds $(FIRST) $$(( $(FIRST) + $(SEEDS) ))
+
+fuzz: $(INSTALLED)  ## damaged checkpoints, FIRST (0) and SEEDS (100000) of them: half an hour
+	PYTHONPATH=tests $(BIN)/python -m fuzz --seeds $(FIRST) $$(( $(FIRST) + $(SEEDS) ))
 
 docs: $(INSTALLED)  ## write the pages that are made from the code
 	$(BIN)/python -m octavo.cli.reference > docs/flags.md

@@ -1,6 +1,6 @@
 """What is configured, and where each value came from. No torch, no HTTP."""
 
-from octavo.config.checkpoint import ALIASES, Checkpoint, locate
+from octavo.config.checkpoint import ALIASES, Checkpoint, excerpt, locate
 from octavo.config.model import ModelConfig, RopeScaling
 from octavo.config.options import (
     DEFAULT_MODEL,
@@ -38,6 +38,7 @@ __all__ = [
     "SchedulerOptions",
     "Setting",
     "decode_sizes",
+    "excerpt",
     "locate",
     "mixed_sizes",
     "option",

@@ -16,9 +16,12 @@ from typing import Any, Literal
 
 from octavo.config.gguf_config import config_from_gguf
 from octavo.config.gguf_header import GgufHeader, read_gguf_header
-from octavo.errors import CheckpointError, ModelNotFoundError
+from octavo.errors import CheckpointError, ModelNotFoundError, UnsupportedModelError
 
-MAX_JSON_BYTES = 256 * 2**20  # a tokenizer.json may have 30 MiB
+MAX_JSON_BYTES = 64 * 2**20  # the index of a checkpoint with 100,000 tensors has 10 MiB
+MAX_JSON_DEPTH = 64
+HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 HUB_TIMEOUT_S = 5.0
@@ -90,6 +93,8 @@ def _directory(path: Path) -> "Checkpoint":
 
 
 def _file(path: Path) -> "Checkpoint":
+    if path.suffix in PICKLES:
+        raise UnsupportedModelError(pickle_refusal(path))
     if path.suffix != ".gguf":
         raise CheckpointError(
             f"{path} is no .gguf file; for safetensors, name the directory with its config.json"
@@ -124,6 +129,20 @@ def _download(model: str) -> Path:
             f"{cause or type(unreachable or error).__name__}. {_remedies()}"
         ) from error
     return _directory(Path(folder)).path
+
+
+def pickle_refusal(path: Path) -> str:
+    """Why a file of weights is not opened, and what helps."""
+    return (
+        f"{path} is a pickle, which can run code and is never read; convert the weights to "
+        "safetensors (transformers: model.save_pretrained(...))"
+    )
+
+
+def excerpt(text: object, max_chars: int = 300) -> str:
+    """What a file or a library says, for an error message: cut where it is long, on one line."""
+    line = " ".join(str(text)[: 4 * max_chars].split())
+    return line if len(line) <= max_chars else f"{line[: max_chars - 3]}..."
 
 
 def _short(model: str) -> str:
@@ -238,7 +257,29 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        raise CheckpointError(f"{path} is no JSON: {excerpt(error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds no JSON object")
+    if _is_deep(value):
+        # Whoever walks it later, if only to print it, may have less of the stack left.
+        raise CheckpointError(f"{path} is nested more than {MAX_JSON_DEPTH} deep")
+    if HALF_CHARACTER.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise CheckpointError(f"{path} holds half a character, a lone surrogate") from error
     return value
+
+
+def _is_deep(value: object) -> bool:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        containers = [item for item in level if isinstance(item, dict | list)]
+        if not containers:
+            return False
+        level = [
+            inner
+            for item in containers
+            for inner in (item.values() if isinstance(item, dict) else item)
+        ]
+    return True

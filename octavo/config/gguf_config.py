@@ -111,7 +111,7 @@ def _llama3_scaling(tensor: GgufTensor, path: Path, theta: MetaValue) -> dict[st
         raise CheckpointError(f"{path}: truncated in tensor {ROPE_FACTORS!r}")
     stored = struct.unpack(f"<{count}f", data)
     factor = max(stored)
-    if not isinstance(theta, float) or not theta > 1 or not factor >= 1:
+    if not isinstance(theta, float) or not theta > 1 or not 1 <= factor < math.inf:
         raise CheckpointError(f"{path}: tensor {ROPE_FACTORS!r} does not fit 'rope.freq_base'")
     for index, value in enumerate(stored):
         wavelength = 2 * math.pi * theta ** (index / count)

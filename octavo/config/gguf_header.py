@@ -19,6 +19,8 @@ MetaValue = bool | int | float | str | list[bool] | list[int] | list[float] | li
 MAGIC = b"GGUF"
 SUPPORTED_VERSIONS = (2, 3)
 MAX_HEADER_BYTES = 128 * 2**20  # the largest real ones, with 256k tokens and merges, take 15 MiB
+MAX_VALUES = 2**23  # in all arrays together; the largest vocabularies have 2 million
+MAX_NAME_CHARS = 128  # of a key or a tensor; ggml's own limit for tensors is 64
 MAX_DIMS = 4  # ggml's own limit
 MAX_ELEMENTS = 2**40
 DEFAULT_ALIGNMENT = 32
@@ -76,6 +78,7 @@ class _Cursor:
         self._num_file_bytes = num_file_bytes
         self._end = min(num_file_bytes, MAX_HEADER_BYTES)
         self._offset = 0
+        self._num_values = 0  # in arrays, so far
 
     def header(self) -> GgufHeader:
         try:
@@ -105,7 +108,7 @@ class _Cursor:
         self._expect(num_entries, 13, "metadata entries")
         metadata: dict[str, MetaValue] = {}
         for _ in range(num_entries):
-            key = self._string()
+            key = self._name()
             if key in metadata:
                 raise self._damaged(f"the metadata key {key!r} occurs twice")
             metadata[key] = self._value(key, self._u32())
@@ -121,6 +124,9 @@ class _Cursor:
 
     def _array(self, key: str) -> MetaValue:
         kind, count = self._u32(), self._u64()
+        self._num_values += count
+        if self._num_values > MAX_VALUES:
+            raise self._damaged(f"with {key!r} its arrays have {self._num_values} values")
         if kind == STRING:
             self._expect(count, 8, f"strings of {key!r}")
             return self._strings(count)
@@ -158,7 +164,7 @@ class _Cursor:
         return tensors
 
     def _tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        name = self._string()
+        name = self._name()
         num_dims = self._u32()
         if not 1 <= num_dims <= MAX_DIMS:
             raise self._damaged(f"the tensor {name!r} has {num_dims} dimensions")
@@ -179,6 +185,12 @@ class _Cursor:
         (value,) = _U64.unpack_from(self._data, self._offset)
         self._offset += 8
         return int(value)
+
+    def _name(self) -> str:
+        name = self._string()
+        if len(name) > MAX_NAME_CHARS:
+            raise self._damaged(f"a name in its header has {len(name)} characters")
+        return name
 
     def _string(self) -> str:
         return self._strings(1)[0]

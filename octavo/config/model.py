@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from octavo.config.checkpoint import Checkpoint
-from octavo.errors import CheckpointError, UnsupportedModelError
+from octavo.errors import CheckpointError, ModelError, UnsupportedModelError
 
 # {a class name of transformers: our name of the architecture}
 ARCHITECTURES = {"LlamaForCausalLM": "llama", "Qwen3ForCausalLM": "qwen3"}
@@ -91,7 +91,11 @@ class ModelConfig:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint) -> "ModelConfig":
         """Read the config of a located checkpoint. Raises as `from_hf` does."""
-        config = cls.from_hf(checkpoint.config(), checkpoint.generation_config())
+        written, generation_config = checkpoint.config(), checkpoint.generation_config()
+        try:
+            config = cls.from_hf(written, generation_config)
+        except ModelError as error:
+            raise type(error)(f"{checkpoint.path}: {error}") from error
         if checkpoint.kind == "gguf" and config.architecture not in GGUF_ARCHITECTURES:
             raise UnsupportedModelError(
                 f"{checkpoint.path}: GGUF files of {config.architecture!r} are not supported, only "
@@ -158,19 +162,19 @@ class _Reader:
     def integer(self, name: str, low: int, high: int, *, default: int | None = None) -> int:
         value = self._get(name, default)
         if type(value) is not int or not low <= value <= high:
-            raise self._wrong(name, f"an integer in {low}..{high}")
+            raise self._wrong(name, value, f"an integer in {low}..{high}")
         return value
 
     def number(self, name: str, low: float, high: float, *, default: float | None = None) -> float:
         value = self._get(name, default)
         if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
-            raise self._wrong(name, f"a number in {low}..{high}")
+            raise self._wrong(name, value, f"a number in {low}..{high}")
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._get(name, default)
         if not isinstance(value, bool):
-            raise self._wrong(name, "true or false")
+            raise self._wrong(name, value, "true or false")
         return value
 
     def token_ids(self, name: str, vocab_size: int) -> tuple[int, ...]:
@@ -179,7 +183,7 @@ class _Reader:
         ids = value if isinstance(value, list) else [] if value is None else [value]
         for token_id in ids:
             if type(token_id) is not int or not 0 <= token_id < vocab_size:
-                raise self._wrong(name, f"made of token ids in 0..{vocab_size - 1}")
+                raise self._wrong(name, value, f"made of token ids in 0..{vocab_size - 1}")
         return tuple(ids)
 
     def _get(self, name: str, default: object) -> Any:
@@ -188,9 +192,8 @@ class _Reader:
             raise CheckpointError(f"{self._where}: {name!r} is missing")
         return default if value is None else value
 
-    def _wrong(self, name: str, expected: str) -> CheckpointError:
-        value = _short(self._config.get(name))
-        return CheckpointError(f"{self._where}: {name}={value}, but it must be {expected}")
+    def _wrong(self, name: str, value: object, expected: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {name}={_short(value)}, but it must be {expected}")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Chat templates: Jinja from the checkpoint, run in a sandbox as transformers runs it.
 
-Owns the environment that templates expect and the limits around them. Knows no tokens.
+Owns the environment that templates expect; `template_sandbox` has the limits around
+them. Knows no tokens.
 """
 
 import json
@@ -13,12 +14,17 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from octavo.config import excerpt
 from octavo.errors import CheckpointError, RequestError
+from octavo.text.template_budget import BudgetError, budgeted, pay_for_text
+from octavo.text.template_sandbox import Sandbox
 
-MAX_SOURCE_CHARS = 2**20
-MAX_RENDERED_CHARS = 2**24
+MAX_SOURCE_CHARS = 2**17  # the longest real ones have 30,000
+# A million tokens of English. The tokenizers library takes some 200 bytes for each, and a damaged
+# vocabulary may make every character one.
+MAX_RENDERED_CHARS = 2**22
+MAX_DATE_CHARS = 1000
 
 
 class ChatTemplate:
@@ -34,8 +40,11 @@ class ChatTemplate:
             raise CheckpointError(f"the chat template has {len(source)} characters")
         try:
             self._template = _environment().from_string(source)
-        except (jinja2.TemplateError, RecursionError) as error:
-            raise CheckpointError(f"the chat template is no valid Jinja: {error}") from error
+        # Jinja raises more than its own errors: of Python's compiler, for blocks nested too deeply.
+        except Exception as error:
+            raise CheckpointError(
+                f"the chat template is no valid Jinja: {excerpt(error)}"
+            ) from error
         self._special_tokens = dict(special_tokens)
 
     def render(
@@ -65,16 +74,20 @@ class ChatTemplate:
         pieces = []
         num_chars = 0
         try:
-            for piece in self._template.generate(variables | own):
-                pieces.append(piece)
-                num_chars += len(piece)
-                if num_chars > MAX_RENDERED_CHARS:
-                    raise RequestError("the rendered conversation is too long", param="messages")
+            with budgeted():
+                for piece in self._template.generate(variables | own):
+                    pieces.append(piece)
+                    num_chars += len(piece)
+                    if num_chars > MAX_RENDERED_CHARS:
+                        raise RequestError(
+                            "the rendered conversation is too long", param="messages"
+                        )
         except RequestError:
             raise
-        except (_Refusal, jinja2.UndefinedError) as error:
+        except (_Refusal, jinja2.UndefinedError, BudgetError) as error:
             raise RequestError(
-                f"the model's chat template refuses the messages: {error}", param="messages"
+                f"the model's chat template refuses the messages: {excerpt(error)}",
+                param="messages",
             ) from error
         # A template is foreign code: whatever it does, only this request fails. Other errors'
         # texts may quote data, so they are not shown.
@@ -102,13 +115,13 @@ class _GenerationBlock(Extension):
 
 
 @cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> Sandbox:
+    environment = Sandbox(
         trim_blocks=True,
         lstrip_blocks=True,
         extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = _tojson
+    environment.add_filter("tojson", _tojson)
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
@@ -133,8 +146,10 @@ def _tojson(
 
 
 def _raise_exception(message: str) -> NoReturn:
-    raise _Refusal(message)
+    raise _Refusal(excerpt(pay_for_text(message)))
 
 
 def _strftime_now(format: str) -> str:
+    if len(format) > MAX_DATE_CHARS:
+        raise BudgetError("the format of the date is too long")
     return datetime.now().strftime(format)

@@ -11,9 +11,11 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from octavo.config import Checkpoint
+from octavo.config import Checkpoint, excerpt
 from octavo.errors import CheckpointError, UnsupportedModelError
+from octavo.text.tokenizer_file import is_failure
 
+MAX_PIECE_CHARS = 256  # each is tried at every cut; SentencePiece makes them of 16
 SPACE = "▁"  # how SentencePiece writes a space
 
 # tokenizer.ggml.token_type
@@ -66,7 +68,8 @@ def tokenizer_from_gguf(checkpoint: Checkpoint) -> tokenizers.Tokenizer:
     if kind == "llama":
         return _sentencepiece(vocabulary)
     raise UnsupportedModelError(
-        f"{checkpoint.path}: the tokenizer model {kind!r} is not supported; supported: gpt2, llama"
+        f"{checkpoint.path}: the tokenizer model {excerpt(repr(kind), 80)} is not supported; "
+        "supported: gpt2, llama"
     )
 
 
@@ -74,7 +77,7 @@ def _byte_level(vocabulary: "_Vocabulary") -> tokenizers.Tokenizer:
     pre = vocabulary.string("tokenizer.ggml.pre", "default")
     if pre not in STYLES:
         raise UnsupportedModelError(
-            f"{vocabulary.source}: the pre-tokenizer {pre!r} is not supported; "
+            f"{vocabulary.source}: the pre-tokenizer {excerpt(repr(pre), 80)} is not supported; "
             f"supported: {', '.join(STYLES)}"
         )
     style = STYLES[pre]
@@ -138,6 +141,8 @@ def _merges_from_scores(vocabulary: "_Vocabulary") -> list[tuple[str, str]]:
         if kind == NORMAL
     }
     merges = []
+    if max(map(len, pieces), default=0) > MAX_PIECE_CHARS:
+        raise vocabulary.wrong("tokenizer.ggml.tokens", f"at most {MAX_PIECE_CHARS} long, each")
     for piece in sorted(pieces, key=pieces.__getitem__):
         for cut in range(1, len(piece)):
             if piece[:cut] in pieces and piece[cut:] in pieces:
@@ -176,8 +181,10 @@ class _Vocabulary:
                 byte_fallback=byte_fallback,
                 ignore_merges=ignore_merges,
             )
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{self.source}: damaged vocabulary: {error}") from error
+        except BaseException as error:
+            if not is_failure(error):
+                raise
+            raise CheckpointError(f"{self.source}: damaged vocabulary: {excerpt(error)}") from error
         tokenizer = tokenizers.Tokenizer(model)
         tokenizer.add_special_tokens(self._added(special=True))
         tokenizer.add_tokens(self._added(special=False))

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import tokenizers
 
 from octavo.errors import IntegrityError, RequestError
+from octavo.text.tokenizer_file import is_failure
 
 BREAK = "\ufdd0"
 MARK = "\ufdd1"
@@ -46,8 +47,7 @@ class SpecialTokens:
         tokenizer = self._tokenizer
         if self._spelled.search(text):
             tokenizer, text = self._marked_tokenizer(), _without_noncharacters(text)
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return _encode(tokenizer, text, add_special_tokens, param="prompt")
 
     def encode_rendered(self, rendered: str) -> list[int]:
         """Encode what a chat template wrote about messages that went through `shield`."""
@@ -56,8 +56,7 @@ class SpecialTokens:
         marked = self._mark(rendered).replace(BREAK, "")
         if marked != self._mark(text):
             tokenizer, text = self._marked_tokenizer(), marked
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return ids
+        return _encode(tokenizer, text, False, param="messages")
 
     def shield(self, value: object, depth: int = 0) -> object:
         """A copy of JSON-like data, fit for a template, with a BREAK in all suspicious text.
@@ -88,8 +87,30 @@ class SpecialTokens:
         # Built when it is first needed, in about twice the time of loading a tokenizer. Two
         # threads may both build one; they build the same.
         if self._marked is None:
-            self._marked = _with_marked_names(self._tokenizer)
+            try:
+                self._marked = _with_marked_names(self._tokenizer)
+            except BaseException as error:
+                if not is_failure(error):
+                    raise
+                # Such as a special token that merges are made of, too. All other text is fine.
+                raise RequestError(
+                    "the model's tokenizer cannot take the names of its special tokens for text",
+                    param="prompt",
+                ) from error
         return self._marked
+
+
+def _encode(
+    tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool, *, param: str
+) -> list[int]:
+    try:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    except BaseException as error:
+        if not is_failure(error):
+            raise
+        # Such as a regular expression that gives up. Its words may quote the text: not shown.
+        raise RequestError("the model's tokenizer fails on this text", param=param) from error
+    return ids
 
 
 def _start_pattern(name: str) -> str:

@@ -18,8 +18,10 @@ from octavo.text.detokenizer import IncrementalDetokenizer
 from octavo.text.gguf_vocabulary import SPACE, tokenizer_from_gguf
 from octavo.text.interface import Tokenizer
 from octavo.text.special_tokens import BREAK, SpecialTokens
+from octavo.text.tokenizer_file import read_tokenizer_file
 
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+SAMPLE = "Hello, wörld!\n 12\t你好🙂"  # every sound tokenizer can encode it
 # Names under which templates know special tokens, and the GGUF keys of the same.
 TEMPLATE_TOKENS = {
     "bos_token": "bos",
@@ -42,22 +44,20 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     if checkpoint.kind == "gguf":
         library = tokenizer_from_gguf(checkpoint)
     else:
-        file = checkpoint.tokenizer_file()
-        try:
-            library = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{file} is no tokenizer: {error}") from error
-        library.no_truncation()
-        library.no_padding()
+        library = read_tokenizer_file(checkpoint.tokenizer_file())
     names = _special_names(checkpoint)
-    source = checkpoint.chat_template()
-    return BpeTokenizer(
+    tokenizer = BpeTokenizer(
         library,
         source=str(checkpoint.path),
-        template=None if source is None else ChatTemplate(source, names),
+        template=_chat_template(checkpoint, names),
         bos_token_id=_id_of(library, names.get("bos_token")),
         eos_token_ids=_eos_token_ids(checkpoint, library, names),
     )
+    try:
+        tokenizer.encode(SAMPLE)
+    except RequestError as error:
+        raise CheckpointError(f"{checkpoint.path}: damaged tokenizer: {error}") from error
+    return tokenizer
 
 
 class BpeTokenizer:
@@ -181,6 +181,14 @@ def _decoding(library: tokenizers.Tokenizer, source: str) -> tuple[bool, bool]:
     )
 
 
+def _chat_template(checkpoint: Checkpoint, names: Mapping[str, str]) -> ChatTemplate | None:
+    source = checkpoint.chat_template()
+    try:
+        return None if source is None else ChatTemplate(source, names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
 def _special_names(checkpoint: Checkpoint) -> dict[str, str]:
     """The special tokens that chat templates know by name, such as {"bos_token": "<s>"}."""
     names: dict[str, str] = {}
@@ -189,7 +197,9 @@ def _special_names(checkpoint: Checkpoint) -> dict[str, str]:
         tokens = metadata.get("tokenizer.ggml.tokens")
         for name, key in TEMPLATE_TOKENS.items():
             token_id = metadata.get(f"tokenizer.ggml.{key}_token_id")
-            if isinstance(token_id, int) and isinstance(tokens, list) and token_id < len(tokens):
+            if not isinstance(token_id, int) or not isinstance(tokens, list):
+                continue
+            if 0 <= token_id < len(tokens):
                 names[name] = str(tokens[token_id])
         return names
     config = checkpoint.tokenizer_config()

@@ -76,6 +76,8 @@ def open_gguf(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -
                 f"{checkpoint.gguf.num_file_bytes} bytes: it is truncated"
             )
         name = _hf_name(tensor.name)
+        if name in entries:
+            raise CheckpointError(f"{path}: tensor {name!r} occurs twice, as {tensor.name!r} too")
         heads = _rotary_heads(name, config)
         if heads is not None and tensor.shape[0] != heads * config.head_dim:
             raise CheckpointError(

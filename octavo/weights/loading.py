@@ -5,16 +5,18 @@ what a slot does with its tensor (the layers do).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from octavo.config import excerpt
 from octavo.errors import CheckpointError
 from octavo.layers import Slot
 
 MAX_NAMES_IN_MESSAGE = 6
+MAX_NAME_CHARS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +44,7 @@ def load_weights(table: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor]
     source = "the checkpoint"
     if isinstance(tensors, TensorStream):
         source = tensors.source
-        _check_names(table, tensors.shapes, source)
-        for name, shape in tensors.shapes.items():
-            _check_shape(table, name, shape, source=source)
+        check_shapes({name: slot.shape for name, slot in table.items()}, tensors)
     loaded: dict[str, None] = {}
     for name, tensor in tensors:
         if name in loaded:
@@ -54,14 +54,26 @@ def load_weights(table: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor]
             continue
         if name not in table:
             raise CheckpointError(f"{source}: unexpected tensor {name!r}")
-        _check_shape(table, name, tuple(tensor.shape), source=source)
+        _check_shape(name, tuple(tensor.shape), table[name].shape, source=source)
         if not _is_finite(tensor):
             raise CheckpointError(f"{source}: tensor {name!r} holds NaN or infinity")
         table[name].load(tensor)
     _check_names(table, loaded, source)
 
 
-def _check_names(table: Mapping[str, Slot], names: Iterable[str], source: str) -> None:
+def check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: TensorStream) -> None:
+    """Hold the names and shapes of a whole checkpoint against those that a model has slots for.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected or of the wrong shape.
+    """
+    _check_names(expected, tensors.shapes, tensors.source)
+    for name, shape in tensors.shapes.items():
+        if name in expected:
+            _check_shape(name, shape, expected[name], source=tensors.source)
+
+
+def _check_names(table: Collection[str], names: Iterable[str], source: str) -> None:
     names = set(names)
     missing = [name for name in table if name not in names]
     unexpected = sorted(name for name in names if name not in table and not _is_ignorable(name))
@@ -75,12 +87,12 @@ def _check_names(table: Mapping[str, Slot], names: Iterable[str], source: str) -
 
 
 def _check_shape(
-    table: Mapping[str, Slot], name: str, shape: tuple[int, ...], *, source: str
+    name: str, shape: tuple[int, ...], expected: tuple[int, ...], *, source: str
 ) -> None:
-    if name in table and table[name].shape != shape:
+    if shape != expected:
         raise CheckpointError(
-            f"{source}: tensor {name!r} has shape {shape}, but the config asks for "
-            f"{table[name].shape}"
+            f"{source}: tensor {name!r} has shape {excerpt(shape, MAX_NAME_CHARS)}, but the config "
+            f"asks for {expected}"
         )
 
 
@@ -95,6 +107,6 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _enumerated(names: list[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:MAX_NAMES_IN_MESSAGE])
+    shown = ", ".join(excerpt(repr(name), MAX_NAME_CHARS) for name in names[:MAX_NAMES_IN_MESSAGE])
     num_more = len(names) - MAX_NAMES_IN_MESSAGE
     return f"tensors {shown}" + (f" and {num_more} more" if num_more > 0 else "")

@@ -5,6 +5,9 @@ length) when the file is opened, before anything is allocated. This module owns 
 together, and refuses pickles.
 """
 
+import json
+import math
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +16,27 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from octavo.config import Checkpoint
+from octavo.config import Checkpoint, excerpt
+from octavo.config.checkpoint import PICKLES, pickle_refusal
 from octavo.errors import CheckpointError, UnsupportedModelError
 from octavo.weights.loading import TensorStream
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+MAX_NAME_CHARS = 128
+MAX_HEADER_BYTES = 100_000_000  # the library's own limit
 DTYPES = ("BF16", "F16", "F32", "F64")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+SUB_BYTE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
+BYTES_OF = {
+    dtype: num_bytes
+    for num_bytes, dtypes in (
+        (1, "BOOL U8 I8 F8_E4M3 F8_E5M2 F8_E8M0"),
+        (2, "BF16 F16 I16 U16"),
+        (4, "F32 I32 U32"),
+        (8, "F64 I64 U64 C64"),
+    )
+    for dtype in dtypes.split()
+}
 
 
 def open_safetensors(checkpoint: Checkpoint, dtype: torch.dtype) -> TensorStream:
@@ -42,7 +58,8 @@ def open_safetensors(checkpoint: Checkpoint, dtype: torch.dtype) -> TensorStream
             shapes[name], places[name] = shape, path
     for name, file in weight_map.items():
         if name not in places or places[name].name != file:
-            raise CheckpointError(f"{folder / INDEX}: tensor {name!r} is not in {file!r}")
+            shown = excerpt(repr(name), MAX_NAME_CHARS)
+            raise CheckpointError(f"{folder / INDEX}: tensor {shown} is not in {file!r}")
 
     def read() -> Iterator[tuple[str, Tensor]]:
         for path in paths:
@@ -69,7 +86,8 @@ def _weight_map(checkpoint: Checkpoint) -> dict[str, str]:
             or Path(file).suffix != ".safetensors"
         ):
             raise CheckpointError(
-                f"{folder / INDEX}: tensor {name!r} is in {file!r}, no file of ours"
+                f"{folder / INDEX}: tensor {excerpt(repr(name), MAX_NAME_CHARS)} is in "
+                f"{excerpt(repr(file), MAX_NAME_CHARS)}, no file of ours"
             )
     return weight_map
 
@@ -79,12 +97,9 @@ def _paths(folder: Path, weight_map: dict[str, str]) -> list[Path]:
     for path in paths:
         if path.is_file():
             continue
-        pickles = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        pickles = sorted(file for file in folder.iterdir() if file.suffix in PICKLES)
         if not weight_map and pickles:
-            raise UnsupportedModelError(
-                f"{folder} holds its weights in {pickles[0]}: pickles can run code and are never "
-                "read. Convert them to safetensors"
-            )
+            raise UnsupportedModelError(pickle_refusal(pickles[0]))
         raise CheckpointError(f"{path} is missing")
     return paths
 
@@ -95,6 +110,8 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
             for name in _names(file):
+                if len(name) > MAX_NAME_CHARS:
+                    raise CheckpointError(f"{path}: a tensor's name has {len(name)} characters")
                 view = file.get_slice(name)
                 if view.get_dtype() not in DTYPES:
                     raise UnsupportedModelError(
@@ -103,8 +120,38 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                     )
                 shapes[name] = tuple(view.get_shape())
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: damaged safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{path}: damaged safetensors file: {_culprit(path)}{excerpt(error)}"
+        ) from error
     return shapes
+
+
+def _culprit(path: Path) -> str:
+    """Which tensor a damaged header lies about, for an error: the library often does not say."""
+    name = None
+    try:
+        with path.open("rb") as file:
+            (num_header_bytes,) = struct.unpack("<Q", file.read(8))
+            if num_header_bytes > MAX_HEADER_BYTES:
+                return ""
+            header = json.loads(file.read(num_header_bytes))
+        num_data_bytes = path.stat().st_size - 8 - num_header_bytes
+        for name, entry in header.items():
+            if name == "__metadata__" or entry["dtype"] in SUB_BYTE_DTYPES:
+                continue
+            start, end = entry["data_offsets"]
+            num_bytes = math.prod(entry["shape"]) * BYTES_OF[entry["dtype"]]
+            if end - start != num_bytes or not 0 <= start <= end <= num_data_bytes:
+                break
+        else:
+            return ""
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        # Of the entry, unless there is none: not even a header that can be taken apart.
+        if name is None or isinstance(error, OSError):
+            return ""
+    except struct.error:
+        return ""
+    return f"tensor {excerpt(repr(name), MAX_NAME_CHARS)}: "
 
 
 def _names(file: Any) -> list[str]:

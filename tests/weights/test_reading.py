@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from octavo.config import Checkpoint, ModelConfig, locate
 from octavo.errors import CheckpointError, UnsupportedModelError
-from octavo.weights import read_tensors
+from octavo.weights.reading import open_tensors as read_tensors
 
 CONFIG = ModelConfig.from_hf(HF_CONFIG)
 TENSORS = hf_tensors()
@@ -209,7 +209,7 @@ def test_tensor_in_two_shards(tmp_path):
 
 def test_pickles_are_never_read(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(UnsupportedModelError, match="pytorch_model.bin: pickles"):
+    with pytest.raises(UnsupportedModelError, match="pytorch_model.bin is a pickle"):
         open_folder(tmp_path)
 
 
