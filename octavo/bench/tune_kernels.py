@@ -279,7 +279,7 @@ class Tuner:
             )
 
         torch_us = self._clock.us(
-            lambda i: functional.linear(x, weights[i % len(weights)].weight), num_calls
+            lambda i: functional.linear(x, weights[i % len(weights)].plain), num_calls
         )
         quick = {blocks: ours_us(blocks, QUICK_ROUNDS) for blocks in tried}
         best = sorted(quick, key=lambda blocks: quick[blocks])[:FINALISTS]
@@ -288,7 +288,7 @@ class Tuner:
             for blocks in best
             for kib in ((0, 1, 2, 4) if blocks.kernel == "gemm" else (0,))
         )
-        expected = functional.linear(x, weights[0].weight).float()
+        expected = functional.linear(x, weights[0].plain).float()
         measured = {
             blocks: ours_us(blocks, ROUNDS)
             for blocks in variants
@@ -350,7 +350,7 @@ def step_table(shapes: Sequence[Shape], plans: dict[Shape, Plan]) -> list[tuple[
     for rows in SHOWN_ROWS:
 
         def by_torch(i: int, rows: int = rows) -> Tensor:
-            return functional.linear(inputs[weights[i].in_features][:rows], weights[i].weight)
+            return functional.linear(inputs[weights[i].in_features][:rows], weights[i].plain)
 
         def by_us(i: int, rows: int = rows) -> Tensor:
             return FASTEST.apply(inputs[weights[i].in_features][:rows], weights[i], None)

@@ -27,6 +27,10 @@ COMPILED_OPS: dict[str, frozenset[str]] = {
     "cuda": frozenset({"linear", "paged_attention", "sample_tokens", *_SMALL_OPS}),
 }
 
+# Of `octavo.kernels.gated_linear`: steps with more rows and as many results make no [T, 2I].
+MOST_ROWS_APART, LEAST_RESULTS = 1024, 1 << 22
+HOPPER = 9  # major compute capability
+
 # The packed layout of `octavo.kernels.linear`: rows of a weight are padded to whole panels, and
 # its columns to this many.
 PANEL_ROWS = 16
@@ -93,6 +97,7 @@ class DeviceBudget:
     usable_bytes: int  # what engine and others may fill together
     others_bytes: int  # CUDA context, other processes
     workspace_bytes: int = 0  # what cuBLAS takes from torch's allocator at the first product
+    major: int = 0  # compute capability
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +197,7 @@ def plan_memory(
         budget: the device.
         compiled: the ops that run compiled; default: `expected_ops`.
     """
-    compiled = expected_ops(config) if compiled is None else compiled
+    compiled = expected_ops(config, major=budget.major) if compiled is None else compiled
     weights = plan_weights(config, packed="linear" in compiled and config.device == "cpu")
     moments = plan_moments(config, compiled)
     row_bytes = plan_rows(config)
@@ -233,12 +238,19 @@ def plan_rows(config: ResolvedConfig) -> int:
     return tables + packet * INT32
 
 
-def expected_ops(config: ResolvedConfig) -> frozenset[str]:
-    """The model's ops that should run compiled: by device and dtype, for shapes they support."""
+def expected_ops(config: ResolvedConfig, *, major: int = 0) -> frozenset[str]:
+    """The model's ops that should run compiled: by device and dtype, for shapes they support.
+
+    Args:
+        config: as `resolve` made it.
+        major: the compute capability of a GPU.
+    """
     if config.device == "cpu" and config.dtype not in PACKED_DEPTH_STEP:
         return frozenset()
     of_others = {"rotary_kv_write", "qk_norm_rotary_kv_write"} - {_write_op(config)}
-    return COMPILED_OPS[config.device] - of_others
+    ops = COMPILED_OPS[config.device] - of_others
+    apart = config.batch_invariant or config.model.mlp_bias or config.dtype == "float32"
+    return ops if major != HOPPER or apart else ops | {"gated_linear"}
 
 
 def _write_op(config: ResolvedConfig) -> str:
@@ -408,9 +420,11 @@ def _mlp_moment(config: ResolvedConfig, held: list[LiveTensor], compiled: Set[st
     inner = (num_tokens, config.model.intermediate_size)
     tensors = [
         LiveTensor("normed input", (num_tokens, config.model.hidden_size), size),
-        LiveTensor("gate and up", (2, *inner), size),
         LiveTensor("silu(gate) * up", inner, size),
     ]
+    many = num_tokens > MOST_ROWS_APART and math.prod(inner) >= LEAST_RESULTS
+    if not (many and "gated_linear" in compiled):
+        tensors.append(LiveTensor("gate and up", (2, *inner), size))
     if "silu_mul" not in compiled:
         tensors.append(LiveTensor("silu(gate)", inner, size))
     return Moment("MLP", (*held, *tensors))

@@ -9,13 +9,12 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-from octavo.config.memory_plan import DeviceBudget
+from octavo.config.memory_plan import HOPPER, DeviceBudget
 from octavo.config.resolve import DeviceFacts
 from octavo.errors import ConfigError
 
 GIB = 2**30
 MIB = 2**20
-HOPPER = 9  # major compute capability
 
 CPU_NAME = re.compile(r"cpu-(\d+)gib")
 
@@ -147,6 +146,7 @@ def device_budget(
         int(facts.total_memory_bytes * utilization),
         others + LOADED_KERNELS_BYTES + (0 if has_context else CUDA_CONTEXT_BYTES),
         cublas_workspace_bytes(major),
+        major,
     )
 
 

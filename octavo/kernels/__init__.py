@@ -12,6 +12,7 @@ take what is fastest for the number of rows, and so do not, unless `batch_invari
 """
 
 from octavo.kernels.dispatch import Case, Choice, Op, reference_only
+from octavo.kernels.gated_linear import GATED_LINEAR
 from octavo.kernels.kv_write import KV_WRITE
 from octavo.kernels.linear import LINEAR, PreparedWeight
 from octavo.kernels.paged_attention import PAGED_ATTENTION, AttentionBatch
@@ -30,6 +31,7 @@ from octavo.kernels.sample_tokens import SAMPLE_TOKENS, DrawOptions
 from octavo.kernels.silu_mul import SILU_MUL
 
 __all__ = [
+    "GATED_LINEAR",
     "KNOWN_TO_THE_DEVICE",
     "KV_WRITE",
     "LINEAR",

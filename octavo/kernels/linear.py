@@ -27,6 +27,11 @@ class PreparedWeight(Protocol):
     @property
     def in_features(self) -> int: ...
 
+    @property
+    def plain(self) -> Tensor | None:
+        """The weight [N, K] where it is kept as it was; None in other layouts."""
+        ...
+
 
 P = TypeVar("P", bound=PreparedWeight)
 
@@ -54,10 +59,10 @@ class Linear(Protocol, Generic[P]):
 class PlainWeight:
     """The reference's layout: the tensor itself."""
 
-    __slots__ = ("in_features", "out_features", "weight")
+    __slots__ = ("in_features", "out_features", "plain")
 
     def __init__(self, weight: Tensor):
-        self.weight = weight
+        self.plain = weight
         self.out_features, self.in_features = weight.shape
 
 
@@ -66,13 +71,13 @@ class ReferenceLinear:
         return PlainWeight(weight)
 
     def apply(self, x: Tensor, prepared: PlainWeight, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, prepared.weight, bias)
+        return functional.linear(x, prepared.plain, bias)
 
     def unpack(self, prepared: PlainWeight) -> Tensor:
-        return prepared.weight
+        return prepared.plain
 
     def gather_rows(self, prepared: PlainWeight, ids: Tensor) -> Tensor:
-        return functional.embedding(ids, prepared.weight)
+        return functional.embedding(ids, prepared.plain)
 
 
 PANEL = 16  # outputs in one line of the packed layout
@@ -88,6 +93,8 @@ class PackedWeight:
     """
 
     __slots__ = ("depth", "dtype", "in_features", "lines", "out_features", "pointer")
+
+    plain = None
 
     def __init__(self, weight: Tensor):
         self.dtype = weight.dtype

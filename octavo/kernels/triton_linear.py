@@ -41,10 +41,10 @@ class TritonWeight:
     last one sets it back to 0: two products by one weight must not run at once on two streams.
     """
 
-    __slots__ = ("arrivals", "beyond", "in_features", "out_features", "plan", "weight")
+    __slots__ = ("arrivals", "beyond", "in_features", "out_features", "plain", "plan")
 
     def __init__(self, weight: Tensor, plan: Plan, beyond: Blocks | None):
-        self.weight = weight
+        self.plain = weight
         self.out_features, self.in_features = weight.shape
         self.plan = plan
         self.beyond = beyond  # for more than MOST_ROWS rows; None: torch's own product
@@ -64,14 +64,14 @@ class TritonLinear:
         if rows <= MOST_ROWS and rows:
             blocks = prepared.plan[bucket(rows)]
         if blocks is None or not rows:
-            return functional.linear(x, prepared.weight, bias)
+            return functional.linear(x, prepared.plain, bias)
         return multiply(x, prepared, bias, blocks)
 
     def unpack(self, prepared: TritonWeight) -> Tensor:
-        return prepared.weight
+        return prepared.plain
 
     def gather_rows(self, prepared: TritonWeight, ids: Tensor) -> Tensor:
-        return functional.embedding(ids, prepared.weight)
+        return functional.embedding(ids, prepared.plain)
 
 
 class InvariantLinear(TritonLinear):
@@ -98,7 +98,7 @@ def _plain(weight: Tensor) -> Tensor:
 def multiply(x: Tensor, prepared: TritonWeight, bias: Tensor | None, blocks: Blocks) -> Tensor:
     """x [T, K] (rows may be strided) -> [T, N], in these blocks. T is at least 1."""
     rows, depth = x.shape
-    weight, outputs = prepared.weight, prepared.out_features
+    weight, outputs = prepared.plain, prepared.out_features
     if x.dtype is not weight.dtype or depth != prepared.in_features or x.stride(1) != 1:
         rule = f"x is [T, {prepared.in_features}] {weight.dtype} with dense rows"
         raise refuse("linear", rule, x=x)

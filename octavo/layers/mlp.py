@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from octavo.kernels import SILU_MUL, Choice
+from octavo.kernels import GATED_LINEAR, SILU_MUL, Choice
 from octavo.layers.build import Build, Layer
 from octavo.layers.linear import Linear
 from octavo.layers.slot import Slot
@@ -20,8 +20,11 @@ class GatedMLP(Layer):
         self.down = Linear(
             {"down": hidden_size}, intermediate_size, build, bias=bias, split="columns"
         )
-        self._choice = SILU_MUL.select(build.case({"size": intermediate_size}))
-        self._activate = self._choice.function
+        size = self.gate_up.out_features // 2
+        sizes = {"size": size, "in_features": hidden_size, "bias": int(bias)}
+        self._choices = GATED_LINEAR.select(build.case(sizes)), SILU_MUL.select(build.case(sizes))
+        self._gate = self._choices[0].function
+        self._activate = self._choices[1].function
 
     def slots(self, name: str) -> dict[str, Slot]:
         """The table of checkpoint tensors under the usual names."""
@@ -29,9 +32,10 @@ class GatedMLP(Layer):
         return self.gate_up.slots(gate_up) | self.down.slots({"down": f"{name}.down_proj"})
 
     def finish(self) -> tuple[Choice[Any], ...]:
-        return (self._choice,)
+        return self._choices
 
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden_size] -> [T, hidden_size]."""
-        y: Tensor = self.down(self._activate(self.gate_up(x)))
+        gated = self._gate(x, self.gate_up.weight.plain, self.gate_up, self._activate)
+        y: Tensor = self.down(gated)
         return y

@@ -19,6 +19,8 @@ from octavo.models import create_model
 class _NoWeight:
     """Chooses a kernel as a dense weight does, and stores nothing."""
 
+    plain = None
+
     def __init__(self, case: Case):
         self._choice = LINEAR.select(case)
 

@@ -16,6 +16,11 @@ from octavo.kernels import LINEAR, Case, Choice, PreparedWeight
 class StoredWeight(Protocol):
     """One weight matrix of `out_features` rows, in some format."""
 
+    @property
+    def plain(self) -> Tensor | None:
+        """[out_features, in_features], for kernels that want it so; None where it is not kept."""
+        ...
+
     def place(self, rows: slice, tensor: Tensor) -> None:
         """Store plain checkpoint values [len(rows), in_features] as these rows."""
         ...
@@ -50,18 +55,23 @@ class DenseWeight:
         self._choice = LINEAR.select(case)
         self._kernel = self._choice.function
         shape = case.sizes["out_features"], case.sizes["in_features"]
-        self._plain: Tensor | None = torch.empty(shape, dtype=case.dtype, device=case.device)
+        self._loading: Tensor | None = torch.empty(shape, dtype=case.dtype, device=case.device)
         self._prepared: PreparedWeight | None = None
 
+    @property
+    def plain(self) -> Tensor | None:
+        """As StoredWeight. Before `finish`, None."""
+        return None if self._prepared is None else self._prepared.plain
+
     def place(self, rows: slice, tensor: Tensor) -> None:
-        if self._plain is None:
+        if self._loading is None:
             raise IntegrityError("a weight was placed after its layer was finished")
-        self._plain[rows].copy_(tensor)
+        self._loading[rows].copy_(tensor)
 
     def finish(self) -> Choice[Any]:
-        if self._plain is not None:
-            self._prepared = self._kernel.prepare(self._plain)
-            self._plain = None
+        if self._loading is not None:
+            self._prepared = self._kernel.prepare(self._loading)
+            self._loading = None
         return self._choice
 
     def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:

@@ -29,4 +29,6 @@ def device_facts(wanted: str) -> DeviceFacts:
         free, total = host_memory()
         return DeviceFacts("cpu", f"CPU, {usable_cores()} cores", usable_cores(), free, total)
     free, total = torch.cuda.mem_get_info()
+    # What torch holds for nobody, of an engine that was here before: it is given back when needed.
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return DeviceFacts("cuda", torch.cuda.get_device_name(), usable_cores(), free, total)

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 from checkpoint_files import HF_CONFIG
 
-from octavo.config import DeviceFacts, EngineOptions, ModelConfig, resolve
+from octavo.config import DeviceFacts, EngineOptions, ModelConfig, memory_plan, resolve
 from octavo.config.capacity import LengthClass, Pool, mix_capacity, parse_lengths
 from octavo.config.memory_plan import COMPILED_OPS, expected_ops, plan_memory
 from octavo.config.planned_devices import (
@@ -25,6 +25,7 @@ from octavo.kernels import (
     SAMPLE_TOKENS,
     SILU_MUL,
 )
+from octavo.kernels.gated_linear import is_worth_one_kernel
 
 GIB, MIB = 2**30, 2**20
 LLAMA_8B = {
@@ -121,10 +122,22 @@ def test_the_published_sizes_of_llama_3_1_8b():
     assert plan.weight_bytes == 2 * 8_030_261_248 + 131_072 * 128 * 4
     [draw] = [moment for moment in plan.moments if moment.name == "draw"]
     assert draw.num_bytes == 512 * 2 * (4096 + 128256)  # the draw itself is one kernel
-    # 8,192 tokens in bfloat16: the stream three times, gate, up and their product.
-    assert plan.peak.name == "MLP"
-    assert plan.peak.num_bytes == 8192 * 2 * (3 * 4096 + 3 * 14336)
+    # 8,192 tokens in bfloat16: the stream three times, and what one kernel makes of gate and up.
+    assert plan.peak.num_bytes == 8192 * 2 * (3 * 4096 + 14336)
     assert plan.activation_bytes == plan.peak.num_bytes + 32 * MIB
+
+
+def test_gate_and_up_are_held_where_no_one_kernel_takes_them():
+    apart = 8192 * 2 * (3 * 4096 + 3 * 14336)
+    assert plan_of(LLAMA_8B, "a100-80gb").peak.num_bytes == apart
+    invariant = plan_of(LLAMA_8B, "h100-80gb", determinism="batch-invariant")
+    assert invariant.peak.num_bytes == apart
+    few = plan_of(LLAMA_8B, "h100-80gb", max_num_batched_tokens=1024)
+    moments = {moment.name: moment.num_bytes for moment in few.moments}
+    assert moments["MLP"] == 1024 * 2 * (3 * 4096 + 3 * 14336)
+    for rows, outputs in ((1024, 14336), (1025, 14336), (1025, 3072), (1366, 3072), (8192, 511)):
+        planned = rows > memory_plan.MOST_ROWS_APART and rows * outputs >= memory_plan.LEAST_RESULTS
+        assert planned == is_worth_one_kernel(rows, outputs)
 
 
 def test_the_published_sizes_of_qwen3_0_6b():

@@ -21,8 +21,7 @@ import torch
 from prompts import PROMPTS
 
 from octavo import LLM, SamplingParams
-from octavo.config import DEFAULT_MODEL, locate
-from octavo.errors import ModelNotFoundError
+from octavo.config import DEFAULT_MODEL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,10 +91,6 @@ def differences(llm, prompts, reference):
 @pytest.fixture(scope="module")
 def on_cpu():
     """The prompts' ids, and the reference's answers with the logprobs of its likeliest tokens."""
-    try:
-        locate(DEFAULT_MODEL)
-    except ModelNotFoundError as error:
-        pytest.skip(str(error))
     llm = create_llm("float32", "cpu")
     prompts = [llm.get_tokenizer().encode(text) for text in PROMPTS]
     assert max(map(len, prompts)) > 1000

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -13,6 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from octavo.kernels import LINEAR, Case
+
+compile_ahead = pytest.importorskip("octavo.kernels.triton_launch").compile_ahead
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,6 +29,22 @@ QWEN3_600M = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072), (151_936, 
 SHAPES = [*LLAMA_8B, *QWEN3_600M]
 ODD_SHAPES = [(100, 576), (4097, 4095), (1, 30_000), (640, 200)]
 ROWS = [1, 2, 3, 7, 16, 17, 64, 100, 128, 255, 257]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled() -> None:
+    """The kernels of most tests, compiled side by side: one after the other they take minutes."""
+    with compile_ahead(os.cpu_count() or 1):
+        for outputs, depth in (*SHAPES, *ODD_SHAPES):
+            odd = (outputs, depth) in ODD_SHAPES
+            dtype = torch.float16 if odd else torch.bfloat16
+            weight = torch.zeros(outputs, depth, device="cuda", dtype=dtype)
+            bias = weight[:, 0].contiguous() if odd else None
+            for sizes in ({}, {"batch_invariant": 1}):
+                linear = chosen(dtype, **sizes)
+                prepared = linear.prepare(weight)
+                for rows in (*ROWS, 4000):
+                    linear.apply(weight.new_zeros(rows, depth), prepared, bias)
 
 
 @pytest.fixture(autouse=True)
@@ -133,5 +152,5 @@ def test_candidates_of_the_tuner_are_right(rows):
     for blocks in random.sample(some, min(6, len(some))):  # each is a second of compiling
         ours = try_launch(x, weight, blocks)
         if ours is not None:
-            close(ours, x, weight.weight)
+            close(ours, x, weight.plain)
     assert not weight.arrivals.any()
