@@ -13,22 +13,22 @@ class Pages:
         counts = [-(-context // block_size) for _, context in lengths]
         num_blocks = sum(counts) + 3
         shape = (2, num_blocks, kv_heads, block_size, dim)
-        cache = torch.full(shape, float("nan"), dtype=dtype)
+        self.kv_cache = torch.full(shape, float("nan"), dtype=dtype, device=device)
         # Rows of the table are wider than any sequence needs; what is beyond must not be read.
         tables = torch.full((len(lengths), max(counts) + 2), 2**30, dtype=torch.int32)
-        free = iter(torch.randperm(num_blocks).tolist())
+        blocks = torch.randperm(num_blocks).int().split([*counts, 3])
         self.dense: list[Tensor] = []  # each [2, context, Hkv, D]
         for b, (_, context) in enumerate(lengths):
-            dense = torch.randn(2, context, kv_heads, dim).to(dtype)
-            self.dense.append(dense.to(device))
-            for i in range(counts[b]):
-                tables[b, i] = block = next(free)
-                rows = dense[:, i * block_size : (i + 1) * block_size].transpose(1, 2)
-                cache[:, block, :, : rows.shape[2]] = rows
+            dense = torch.randn(2, context, kv_heads, dim, device=device).to(dtype)
+            self.dense.append(dense)
+            tables[b, : counts[b]] = blocks[b]
+            whole = dense.new_full((2, counts[b] * block_size, kv_heads, dim), float("nan"))
+            whole[:, :context] = dense
+            whole = whole.unflatten(1, (-1, block_size)).transpose(2, 3).contiguous()
+            self.kv_cache[:, blocks[b].to(device)] = whole
         queries = [count for count, _ in lengths]
         contexts = [context for _, context in lengths]
         starts = torch.tensor([0, *queries]).cumsum(0).int().to(device)
-        self.kv_cache = cache.to(device)
         self.batch = AttentionBatch(
             starts,
             torch.tensor(contexts).int().to(device),
@@ -36,7 +36,7 @@ class Pages:
             max(queries),
             max(contexts),
         )
-        qkv = torch.randn(sum(queries), (heads + 2 * kv_heads) * dim).to(device, dtype)
+        qkv = torch.randn(sum(queries), (heads + 2 * kv_heads) * dim, device=device).to(dtype)
         self.query = qkv[:, : heads * dim].view(-1, heads, dim)
 
     def expected(self, scale: float) -> Tensor:
