@@ -30,6 +30,9 @@ COMPILED_OPS: dict[str, frozenset[str]] = {
 # Of `octavo.kernels.gated_linear`: steps with more rows and as many results make no [T, 2I].
 MOST_ROWS_APART, LEAST_RESULTS = 1024, 1 << 22
 HOPPER = 9  # major compute capability
+# Of `octavo.kernels.triton_decode_attention`: a context is cut into so many, each with sums of so
+# many rows, until all of a step would be more than this.
+SPLITS, SPLIT_ROWS, MOST_PART_SUMS = 32, 16, (32 << 20) // FP32
 
 # The packed layout of `octavo.kernels.linear`: rows of a weight are padded to whole panels, and
 # its columns to this many.
@@ -380,6 +383,10 @@ def _attention_moments(
     attended = LiveTensor("attended values", queries, size)
     output = LiveTensor("attention's output", (num_tokens, model.hidden_size), size)
     moments = [Moment("attention", (*before, attended, output))]
+    if config.device == "cuda" and "paged_attention" in compiled:
+        most = -(-num_tokens // chunk) * model.num_kv_heads * SPLITS * SPLIT_ROWS * (dim + 2)
+        parts = LiveTensor("sums over parts of contexts", (min(most, MOST_PART_SUMS),), FP32)
+        moments.append(Moment("attention in parts", (*before, attended, parts)))
     if _write_op(config) not in compiled:
         # The fp32 copy (a view where the dtype is fp32), and one half's two products, their sum
         # and the finished other half. A norm of the heads before that holds as much.
@@ -423,7 +430,9 @@ def _mlp_moment(config: ResolvedConfig, held: list[LiveTensor], compiled: Set[st
         LiveTensor("silu(gate) * up", inner, size),
     ]
     many = num_tokens > MOST_ROWS_APART and math.prod(inner) >= LEAST_RESULTS
-    if not (many and "gated_linear" in compiled):
+    if many and "gated_linear" in compiled:
+        tensors.append(LiveTensor("down's output", held[0].shape, size))
+    else:
         tensors.append(LiveTensor("gate and up", (2, *inner), size))
     if "silu_mul" not in compiled:
         tensors.append(LiveTensor("silu(gate)", inner, size))

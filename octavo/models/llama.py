@@ -90,17 +90,12 @@ class LlamaBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, context: StepContext
-    ) -> tuple[Tensor, Tensor]:
-        return self.feed_forward(*self.attend(x, residual, context))
-
-    def attend(
-        self, x: Tensor, residual: Tensor | None, context: StepContext
+        self, x: Tensor, residual: Tensor | None, context: StepContext, *, only_wanted: bool = False
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.attention_norm(x, residual)
-        return self.attention(x, context), residual
-
-    def feed_forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.attention(x, context)
+        if only_wanted:
+            x, residual = context.wanted_of(x, residual)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
 
@@ -140,7 +135,7 @@ class Llama(Model):
         for block in blocks:
             x, residual = block(x, residual, context)
         # All that anybody will ask of the other tokens is in the KV cache by then.
-        x, residual = last.feed_forward(*context.wanted_of(*last.attend(x, residual, context)))
+        x, residual = last(x, residual, context, only_wanted=True)
         x, _ = self.norm(x, residual)
         return x
 

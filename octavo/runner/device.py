@@ -28,7 +28,8 @@ def device_facts(wanted: str) -> DeviceFacts:
     if wanted == "cpu" or not torch.cuda.is_available():
         free, total = host_memory()
         return DeviceFacts("cpu", f"CPU, {usable_cores()} cores", usable_cores(), free, total)
+    # An engine that was here before left its memory to torch. A workspace that were carved out of
+    # such a segment would hold all of it for ever.
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
-    # What torch holds for nobody, of an engine that was here before: it is given back when needed.
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return DeviceFacts("cuda", torch.cuda.get_device_name(), usable_cores(), free, total)

@@ -27,6 +27,8 @@ from octavo.kernels import (
 )
 from octavo.kernels.gated_linear import is_worth_one_kernel
 
+triton_decode_attention = pytest.importorskip("octavo.kernels.triton_decode_attention")
+
 GIB, MIB = 2**30, 2**20
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -122,9 +124,21 @@ def test_the_published_sizes_of_llama_3_1_8b():
     assert plan.weight_bytes == 2 * 8_030_261_248 + 131_072 * 128 * 4
     [draw] = [moment for moment in plan.moments if moment.name == "draw"]
     assert draw.num_bytes == 512 * 2 * (4096 + 128256)  # the draw itself is one kernel
-    # 8,192 tokens in bfloat16: the stream three times, and what one kernel makes of gate and up.
-    assert plan.peak.num_bytes == 8192 * 2 * (3 * 4096 + 14336)
+    # 8,192 tokens in bfloat16: the stream four times, and what one kernel makes of gate and up.
+    assert plan.peak.name == "MLP"
+    assert plan.peak.num_bytes == 8192 * 2 * (4 * 4096 + 14336)
     assert plan.activation_bytes == plan.peak.num_bytes + 32 * MIB
+
+
+def test_attention_on_a_gpu_keeps_sums_of_parts_up_to_a_bound():
+    def parts(**options):
+        moments = plan_of(QWEN3_0_6B, "h100-80gb", **options).moments
+        [moment] = [moment for moment in moments if moment.name == "attention in parts"]
+        return moment.tensors[-1].num_bytes
+
+    assert parts() == 32 * MIB == triton_decode_attention.PART_BYTES
+    splits, rows = triton_decode_attention.MAX_SPLITS, triton_decode_attention.ROWS
+    assert parts(max_num_seqs=4) == 4 * 8 * splits * rows * (128 + 2) * 4
 
 
 def test_gate_and_up_are_held_where_no_one_kernel_takes_them():

@@ -71,21 +71,22 @@ def test_nothing_but_the_planned_weights_and_kv_stays_alive(tmp_path, dtype, tie
 
 
 SMALL_MLP = {"intermediate_size": 16}
+# The first block has no residual yet, and the last one ends with the drawn tokens only.
+THREE_BLOCKS = {"num_hidden_layers": 3}
 MOMENTS = [
     # (compiled kernels, changes of the model, sequences, tokens, the moment that must be highest)
-    (True, {}, 1, 512, "MLP"),
+    (True, THREE_BLOCKS, 1, 512, "MLP"),
     (True, SMALL_MLP, 2, 512, "attention"),
     (True, {}, 64, 128, "draw"),
-    (False, {"intermediate_size": 300}, 64, 512, "MLP"),
+    (False, {"intermediate_size": 300} | THREE_BLOCKS, 64, 512, "MLP"),
     (False, {}, 1, 512, "attention in plain torch"),
     (False, {}, 64, 128, "draw"),
     (False, SMALL_MLP | {"head_dim": 32}, 64, 512, "rotation in plain torch"),
     (
         False,
-        # The first block has no residual yet, and the last one ends with the drawn tokens only.
         {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 512}
         | SMALL_MLP
-        | {"num_hidden_layers": 3},
+        | THREE_BLOCKS,
         64,
         512,
         "norm in plain torch",
