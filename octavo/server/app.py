@@ -11,6 +11,7 @@ from contextlib import (
     asynccontextmanager,
     nullcontext,
 )
+from itertools import chain
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -26,9 +27,10 @@ from octavo.server.middleware import Books, Gate, guard
 from octavo.server.routes_kserve import KServeRoutes
 from octavo.server.routes_openai import OpenAIRoutes
 from octavo.server.routes_ops import OpsRoutes
+from octavo.server.routes_pages import PageRoutes
 from octavo.server.routes_tgi import TGIRoutes
 from octavo.server.routes_tokenize import TokenizeRoutes
-from octavo.server.state import ServerState
+from octavo.server.state import Route, ServerState
 
 Lifespan = Callable[[], AbstractAsyncContextManager[object]]
 
@@ -65,21 +67,28 @@ def create_app(
     )
     app.state.octavo = state
     labels: dict[object, str] = {}
-    public: set[str] = set()
-    for surface in (
-        OpenAIRoutes(state),
-        TokenizeRoutes(state),
-        TGIRoutes(state),
-        KServeRoutes(state),
-        OpsRoutes(state),
-    ):
-        for method, path, handler, scope in surface.routes():
-            guarded = guard(handler, scope)
-            app.add_route(path, guarded, methods=[method])
-            labels[guarded] = path
-            public |= {path} if scope is Scope.PUBLIC else set()
+    public: set[tuple[str, str]] = set()
+    for route in chain.from_iterable(route_table(state).values()):
+        guarded = guard(route.handler, route.scope)
+        app.add_route(route.path, guarded, methods=[route.method])
+        labels[guarded] = route.path
+        public |= {(route.method, route.path)} if route.scope is Scope.PUBLIC else set()
     for kind in (OctavoError, HttpError, ClientDisconnected, HTTPException):
         app.add_exception_handler(kind, handle_error)
     app.add_middleware(Gate, state=state, public=frozenset(public))
     app.add_middleware(Books, state=state, labels=labels)  # added last, so it is the outermost
     return app
+
+
+def route_table(state: ServerState) -> dict[str, list[Route]]:
+    """All routes, by the name of the surface that they belong to."""
+    table = {
+        "OpenAI": OpenAIRoutes(state).routes(),
+        "Tokens": TokenizeRoutes(state).routes(),
+        "Text Generation Inference": TGIRoutes(state).routes(),
+        "KServe and Triton": KServeRoutes(state).routes(),
+        "Operations": OpsRoutes(state).routes(),
+    }
+    # The pages show the whole table, themselves included: they read it when they are asked.
+    table["Pages"] = PageRoutes(state, table).routes()
+    return table

@@ -4,6 +4,7 @@ The one way to the engine, so that no surface can pass a limit by. Knows no surf
 """
 
 import time
+import uuid
 from collections.abc import Sequence
 from functools import partial
 from hashlib import sha256
@@ -66,6 +67,7 @@ def generate(
     """The response to a request; the engine hears of it when the response is sent."""
     key, max_model_len = key_of(request), state.engine.model.max_model_len
     prompts = shape.options.prompts
+    _name(shape, request)
     answers = Answers(
         state.engine,
         prompts,
@@ -80,6 +82,16 @@ def generate(
     most = sum(_most_tokens(len(p.token_ids), sampling, max_model_len) for p in prompts)
     reserve = partial(allowance.reserve, most)
     return GenerationResponse(answers, shape, stream=stream, reserve=reserve)
+
+
+def _name(shape: Shape, request: Request) -> None:
+    """Let the ids begin with the client's own request id, where it chose one.
+
+    Ids come with the first token; so a client can ask /debug/requests what it waits for until then.
+    """
+    request_id: str = request.scope["octavo.request_id"]
+    if request.headers.get("x-request-id") == request_id:
+        shape.id = f"{shape.id_prefix}{request_id}-{uuid.uuid4().hex[:12]}"
 
 
 def _most_tokens(num_prompt_tokens: int, sampling: SamplingParams, max_model_len: int) -> int:

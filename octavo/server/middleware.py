@@ -3,7 +3,9 @@
 Pure ASGI: a message is passed on as it is, so streams stay streams. Knows no route's meaning.
 """
 
+import logging
 import string
+import time
 import uuid
 from collections.abc import Mapping
 
@@ -12,11 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from octavo.engine.logs import REQUEST_ID
 from octavo.server.errors import ErrorReply, HttpError, log_failure, reply_to, unavailable
 from octavo.server.keys import ApiKey
 from octavo.server.keys import Scope as KeyScope
 from octavo.server.limits import MAX_HEADERS, MAX_REQUEST_ID_CHARS
 from octavo.server.state import Handler, ServerState, key_of
+
+access_log = logging.getLogger("octavo.server.access")
 
 _REQUEST_ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_.:")
 
@@ -27,6 +32,7 @@ class Books:
     def __init__(self, app: ASGIApp, state: ServerState, labels: Mapping[object, str]):
         self._app = app
         self._metrics = state.metrics
+        self._log_requests = state.config.log_requests
         self._labels = labels  # endpoint to route, so that clients cannot invent label values
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -35,28 +41,54 @@ class Books:
             return
         request_id = _request_id(Headers(scope=scope).get("x-request-id"))
         scope["octavo.request_id"] = request_id
-        started = False
+        in_context = REQUEST_ID.set(request_id)
+        start_s, status = time.monotonic(), 0
 
         async def send_and_note(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 key: ApiKey | None = scope.get("octavo.key")
                 if key is not None:
                     headers.update(key.allowance.headers())
-                route = self._labels.get(scope.get("endpoint"), "unmatched")
-                self._metrics.http_requests.labels(route, str(message["status"])).inc()
+                self._metrics.http_requests.labels(self._route(scope), str(status)).inc()
             await send(message)
 
         try:
             await self._app(scope, receive, send_and_note)
         except Exception as error:
             log_failure(error, request_id)
-            if started:
+            if status:
                 raise
             await reply_to(error).response()(scope, receive, send_and_note)
+        finally:
+            REQUEST_ID.reset(in_context)
+            if self._log_requests:
+                self._log(scope, status, time.monotonic() - start_s)
+
+    def _route(self, scope: Scope) -> str:
+        return self._labels.get(scope.get("endpoint"), "unmatched")
+
+    def _log(self, scope: Scope, status: int, duration_s: float) -> None:
+        """One line for a response; by its route, for a path may hold whatever a client wrote."""
+        num_prompt_tokens, num_output_tokens = scope.get("octavo.num_tokens", (0, 0))
+        facts = {
+            "request_id": scope["octavo.request_id"],
+            "method": scope["method"],
+            "route": self._route(scope),
+            "status": status,
+            "duration_s": round(duration_s, 6),
+            "num_prompt_tokens": num_prompt_tokens,
+            "num_output_tokens": num_output_tokens,
+        }
+        access_log.info(
+            "%(method)s %(route)s %(status)d in %(duration_s).3f s, "
+            "%(num_prompt_tokens)d + %(num_output_tokens)d tokens, request %(request_id)s",
+            facts,
+            extra=facts,
+        )
 
 
 def _request_id(offered: str | None) -> str:
@@ -73,12 +105,12 @@ def _request_id(offered: str | None) -> str:
 class Gate:
     """Refuses what has too many headers, no key, or comes while the server drains.
 
-    Denies by default: a path is open only if it is, to the letter, one of the `public` ones. The
-    path is the one that the router matches, never one rebuilt from the Host header. What a key is
-    good for is `guard`'s.
+    Denies by default: a request is open only if its method and path are, to the letter, those of a
+    `public` route. The path is the one that the router matches, never one rebuilt from the Host
+    header. What a key is good for is `guard`'s.
     """
 
-    def __init__(self, app: ASGIApp, state: ServerState, public: frozenset[str]):
+    def __init__(self, app: ASGIApp, state: ServerState, public: frozenset[tuple[str, str]]):
         self._app = app
         self._state = state
         self._public = public
@@ -98,7 +130,8 @@ class Gate:
         if len(scope["headers"]) > MAX_HEADERS:
             message = f"more than {MAX_HEADERS} headers"
             return ErrorReply(431, message, "invalid_request_error", headers=close)
-        if scope["path"] in self._public:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]  # one route for both
+        if (method, scope["path"]) in self._public:
             return None
         if not self._state.keys.is_open and not self._take_key(scope):
             headers = close | {"www-authenticate": "Bearer"}

@@ -1,10 +1,11 @@
 """What all routes of one server share. Knows nothing of any single request."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -15,11 +16,12 @@ from octavo.server.keys import ApiKey, KeyRing, Scope
 from octavo.server.limits import Limits
 from octavo.server.metrics import ServerMetrics
 from octavo.server.openai_logprobs import LogprobShaper
+from octavo.server.watchdog import Condition, State, Watchdog
 
 
 @dataclass
 class ServerState:
-    """The engine, its bounds and its books. Only the last two change, and only once."""
+    """The engine, its bounds and its books. Only `draining` and `startup_error` change, once."""
 
     engine: ServingEngine
     config: ServerConfig
@@ -28,6 +30,19 @@ class ServerState:
     keys: KeyRing
     draining: bool = False
     startup_error: Exception | None = None  # what came out of the lifespan instead of a start
+    watchdog: Watchdog = field(init=False)
+
+    def __post_init__(self) -> None:
+        timeout_s, action = self.config.watchdog_timeout_s, self.config.watchdog_action
+        self.watchdog = Watchdog(self.engine, timeout_s=timeout_s, exits=action == "exit")
+        self.metrics.show_state(lambda: self.condition().state)
+
+    def condition(self) -> Condition:
+        """How it stands now. What is worse than draining is told while draining, too."""
+        found = self.watchdog.look()
+        if self.draining and found.state not in (State.STUCK, State.DEAD):
+            return Condition(State.DRAINING, "the server is shutting down")
+        return found
 
     @cached_property
     def logprob_shaper(self) -> LogprobShaper:
@@ -50,6 +65,9 @@ class ServerState:
 
 Handler = Callable[[Request], Awaitable[Response]]
 
+JSON = "application/json"
+EVENTS = "text/event-stream"
+
 
 class Route(NamedTuple):
     """One line of the route table."""
@@ -58,6 +76,8 @@ class Route(NamedTuple):
     path: str
     handler: Handler
     scope: Scope  # what a key must be good for
+    body: type[msgspec.Struct] | None = None  # what it reads, as JSON
+    media: tuple[str, ...] = (JSON,)  # what it answers with
 
 
 def key_of(request: Request) -> ApiKey | None:

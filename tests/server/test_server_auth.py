@@ -22,6 +22,10 @@ ROUTES = [
 ]
 
 
+# Liveness, and what is the same on every server: pages that browsers open, which send no key then.
+OPEN = ("/health", "/v2/health/live", "/", "/docs", "/openapi.json")
+
+
 @pytest.fixture
 async def locked() -> AsyncIterator[httpx.AsyncClient]:
     async with client_of(FakeEngine(), CONFIG) as client:
@@ -29,7 +33,7 @@ async def locked() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def test_the_walk_sees_all_routes() -> None:
-    assert len(ROUTES) == len(APP.routes) + 17  # each GET brings a HEAD
+    assert len(ROUTES) == len(APP.routes) + 19  # each GET brings a HEAD
     assert ("POST", "/v1/chat/completions") in ROUTES
 
 
@@ -39,7 +43,7 @@ async def test_route_walk(locked: httpx.AsyncClient, method: str, path: str) -> 
     key = {"authorization": f"Bearer {KEY}"}
     with_key = await locked.request(method, path, headers=key)
     assert with_key.status_code != 401
-    if path in ("/health", "/v2/health/live"):
+    if path in OPEN and method != "POST":
         assert without.status_code == 200
     else:
         assert without.status_code == 401
@@ -77,13 +81,26 @@ async def test_scheme_has_no_case(locked: httpx.AsyncClient) -> None:
 
 
 TRICKS = ["//v1/models", "/v1%2fmodels", "/%76%31/models", "/health/../v1/models", "/v1/models/"]
-TRICKS += ["/health/", "//health", "/health%2f..%2fv1/models", "/docs", "/openapi.json", "/nope"]
+TRICKS += [
+    "/health/",
+    "//health",
+    "/health%2f..%2fv1/models",
+    "/docs/",
+    "/docs/../version",
+    "/nope",
+]
 
 
 @pytest.mark.parametrize("path", TRICKS)
 async def test_path_tricks(locked: httpx.AsyncClient, path: str) -> None:
     url = httpx.URL("http://octavo").copy_with(raw_path=path.encode())
     assert (await locked.get(url)).status_code == 401
+
+
+@pytest.mark.parametrize("path", OPEN)
+async def test_a_path_is_open_to_readers_only(locked: httpx.AsyncClient, path: str) -> None:
+    for method in ("POST", "PUT", "DELETE", "OPTIONS"):
+        assert (await locked.request(method, path)).status_code == 401
 
 
 @pytest.mark.parametrize("host", ["octavo/health?", "health", "x/v1?", "octavo/health#"])
