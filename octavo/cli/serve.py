@@ -12,7 +12,8 @@ from pathlib import Path
 from octavo.cli.flags import add_dataclass, add_engine_flags, collect, engine_options
 from octavo.config import locate
 from octavo.engine import AsyncEngine, EngineProcess
-from octavo.errors import ConfigError
+from octavo.engine.logs import configure_logs
+from octavo.errors import ConfigError, OctavoError
 from octavo.server.config import ServerConfig
 from octavo.text import NoTokenizer, load_tokenizer
 
@@ -36,17 +37,28 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal."""
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    options = engine_options(arguments)
     values = collect(arguments, ServerConfig)
     config = ServerConfig(**{"api_key": os.environ.get("OCTAVO_API_KEY")} | values)
+    configure_logs(config.log_format, logging.INFO)
+    if config.log_format == "text":
+        return _run(arguments, config)
+    try:
+        return _run(arguments, config)
+    except OctavoError as error:  # the last line is for machines, too
+        logger.critical("%s", error)
+        return 1
+
+
+def _run(arguments: argparse.Namespace, config: ServerConfig) -> int:
+    options = engine_options(arguments)
     if config.is_open and config.host not in LOOPBACK:
         logger.warning("whoever reaches %s may use this server: give --api-key-file", config.host)
     checkpoint = locate(options.model)
     listener = listen(config)
     url = f"{config.scheme}://{config.host}:{listener.getsockname()[1]}"
     print(f"Octavo serves {checkpoint.name}", flush=True)
-    process = EngineProcess(options)  # loads the model while this process imports the server
+    # Loads the model while this process imports the server.
+    process = EngineProcess(options, log_format=config.log_format)
     try:
         from octavo.server import create_app, serve
 

@@ -8,12 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from octavo.engine.core import EngineCore
-from octavo.engine.interface import ServedModel, ServingEngine, TextDelta
+from octavo.engine.interface import Pulse, ServedModel, ServingEngine, TextDelta
 from octavo.engine.outputs import CompletionOutput, RequestOutput
 
 if TYPE_CHECKING:
-    from octavo.engine.async_engine import AsyncEngine, EngineProcess
+    from octavo.engine.async_engine import AsyncEngine
     from octavo.engine.build import BuiltEngine, build_engine
+    from octavo.engine.child import EngineProcess
     from octavo.engine.llm import LLM
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CompletionOutput",
     "EngineCore",
     "EngineProcess",
+    "Pulse",
     "RequestOutput",
     "ServedModel",
     "ServingEngine",
@@ -34,7 +36,7 @@ __all__ = [
 _MODULES = {
     "LLM": "llm",
     "AsyncEngine": "async_engine",
-    "EngineProcess": "async_engine",
+    "EngineProcess": "child",
     "BuiltEngine": "build",
     "build_engine": "build",
 }

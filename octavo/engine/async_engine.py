@@ -1,26 +1,15 @@
 """The engine as a server sees it: a child process behind a socket, and streams of text.
 
-Owns the child, the socket and the open streams. Knows no HTTP.
+Owns the open streams. Knows no HTTP.
 """
 
 import asyncio
-import contextlib
 import itertools
 import logging
-import shutil
-import subprocess
-import sys
-import tempfile
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
-import msgspec
-import zmq
-import zmq.asyncio
-
 from octavo import errors
-from octavo.config import EngineOptions
 from octavo.core import (
     EngineStats,
     Request,
@@ -30,7 +19,8 @@ from octavo.core import (
     SamplingParams,
 )
 from octavo.engine.answers import Answer, check_request, fan_out
-from octavo.engine.interface import DEFAULT_OPTIONS, ServedModel, TextDelta
+from octavo.engine.child import STOP_TIMEOUT_S, EngineProcess
+from octavo.engine.interface import DEFAULT_OPTIONS, Pulse, ServedModel, TextDelta
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
@@ -43,51 +33,15 @@ from octavo.engine.messages import (
     Ready,
     Refused,
     ResetPrefixCache,
-    ToEngine,
     Told,
-    decode_from_engine,
-    encode,
 )
+from octavo.engine.postmortem import cause_of_error
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
 from octavo.text import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-STOP_TIMEOUT_S = 5.0
-
-
-class EngineProcess:
-    """The child process and its socket. Started at once, so that it loads while others import."""
-
-    def __init__(self, options: EngineOptions):
-        # mkdtemp makes it readable by this user alone: the socket needs no other secret.
-        self._directory = Path(tempfile.mkdtemp(prefix="octavo-"))
-        address = f"ipc://{self._directory / 'engine'}"
-        self.socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.PAIR)
-        self.socket.set_hwm(0)
-        self.socket.bind(address)
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "octavo.engine.process", address],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # a Ctrl-C in the terminal is not for the child
-        )
-        if self.child.stdin is None:
-            raise EngineDeadError("the engine process has no standard input")
-        self.child.stdin.write(msgspec.json.encode(options) + b"\n")
-        self.child.stdin.flush()  # and left open: when it closes, the child exits
-
-    def stop(self) -> None:
-        """End the child and remove the socket."""
-        if self.child.stdin is not None:
-            with contextlib.suppress(OSError):
-                self.child.stdin.close()
-        try:
-            self.child.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.child.kill()
-            self.child.wait()
-        self.socket.close(linger=0)
-        shutil.rmtree(self._directory, ignore_errors=True)
+ANSWER_TIMEOUT_S = 10.0  # for questions of operators, who should hear if a step hangs
 
 
 class _Stream:
@@ -119,22 +73,27 @@ class AsyncEngine:
         self._streams: dict[str, _Stream] = {}  # engine request id -> its stream
         self._questions: dict[int, asyncio.Future[Any]] = {}  # by number, until they are answered
         self._numbers = itertools.count()
+        self._num_read = 0  # messages to the engine, as far as it has seen them
         self._dead: EngineDeadError | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._phase = "before its first phase of loading was done"
 
     async def start(self, on_phase: Callable[[str, float], None] = lambda phase, s: None) -> None:
         """Wait until the engine takes requests; raises what stopped it from getting there."""
-        self._socket = zmq.asyncio.Socket.shadow(self._process.socket)
-        watch = asyncio.create_task(self._watch_child())
+        self._process.connect()
+        watch = asyncio.create_task(
+            self._process.watch(lambda: self._die(self._process.death(self._doing)))
+        )
         while True:
-            message = await self._receive_or_death(watch)
+            message = await self._process.receive_loading(watch, self._phase)
             if isinstance(message, PhaseDone):
+                self._phase = f"while it loaded, after the phase {message.phase!r}"
                 on_phase(message.phase, message.seconds)
             elif isinstance(message, Ready):
                 break
             elif isinstance(message, Fatal):
                 watch.cancel()
-                raise _as_exception(message)
+                raise _as_exception(message, self._phase)
         self._ready = message
         self._stats = message.stats
         self.model = ServedModel(
@@ -146,8 +105,10 @@ class AsyncEngine:
         """End the engine process; open streams get an error."""
         for task in self._tasks:
             task.cancel()
+        # One that was given up does not listen any more.
+        patience_s = STOP_TIMEOUT_S if self._dead is None else 0.5
         self._die(EngineDeadError("the engine was stopped"))
-        await asyncio.to_thread(self._process.stop)
+        await asyncio.to_thread(self._process.stop, patience_s)
 
     async def generate(
         self,
@@ -165,7 +126,11 @@ class AsyncEngine:
             max_model_len=self.model.max_model_len,
             has_text=self.model.has_text,
         )
-        self._check_room(sampling.num_sequences)
+        room = self._ready.max_num_seqs + self._max_num_queued_reqs
+        if len(self._streams) + sampling.num_sequences > room:
+            raise OverloadedError(
+                f"{len(self._streams)} requests are running or waiting, and at most {room} may be"
+            )
         stream = _Stream()
         template = Request(
             request_id=request_id,
@@ -179,7 +144,7 @@ class AsyncEngine:
         for index, request in enumerate(requests[: sampling.n]):
             stream.open[request.request_id] = Answer(index, request, self._tokenizer)
             self._streams[request.request_id] = stream
-        self._send(AddRequests(requests))
+        self._process.send(AddRequests(requests))
         try:
             while stream.open or not stream.deltas.empty():
                 delta = await stream.deltas.get()
@@ -198,6 +163,26 @@ class AsyncEngine:
         """Raise `EngineDeadError` where the engine cannot answer any more."""
         if self._dead is not None:
             raise self._dead
+
+    @property
+    def live(self) -> Collection[str]:
+        """See `ServingEngine.live`."""
+        return self._streams.keys()
+
+    @property
+    def is_busy(self) -> bool:
+        """See `ServingEngine.is_busy`."""
+        has_requests = self._stats.num_running + self._stats.num_waiting > 0
+        return bool(self._streams) or has_requests or self._num_read < self._process.num_sent
+
+    def examine(self) -> Pulse:
+        """See `ServingEngine.examine`."""
+        is_on_cpu = ("device", "cpu") in {(name, value) for name, value, *_ in self.settings}
+        return self._process.examine(on_cpu=is_on_cpu)
+
+    def abandon(self, reason: str) -> None:
+        """See `ServingEngine.abandon`."""
+        self._die(EngineDeadError(f"the engine was given up: {reason}"))
 
     async def why(self, request_id: str) -> dict[str, list[str]]:
         """See `ServingEngine.why`."""
@@ -223,22 +208,13 @@ class AsyncEngine:
         self.check_health()
         answer = asyncio.get_running_loop().create_future()
         self._questions[question.number] = answer
-        self._send(question)
+        self._process.send(question)
         try:
-            return await answer
+            return await asyncio.wait_for(answer, ANSWER_TIMEOUT_S)
+        except TimeoutError:
+            raise OverloadedError("the engine is in a step, and has not answered yet") from None
         finally:
             self._questions.pop(question.number, None)
-
-    def _check_room(self, num_new: int) -> None:
-        room = self._ready.max_num_seqs + self._max_num_queued_reqs
-        if len(self._streams) + num_new > room:
-            raise OverloadedError(
-                f"{len(self._streams)} requests are running or waiting, and at most {room} may be"
-            )
-
-    def _send(self, message: ToEngine) -> None:
-        # ZeroMQ queues without bound and hands over in a thread of its own: this never waits.
-        self._socket.send(encode(message))
 
     def _forget(self, request_ids: list[str]) -> None:
         """Nobody waits for these any more: free what they hold."""
@@ -247,25 +223,30 @@ class AsyncEngine:
             if stream is not None:
                 stream.open.pop(request_id, None)
         if self._dead is None:
-            self._send(AbortRequests(request_ids))
+            self._process.send(AbortRequests(request_ids))
 
     async def _read_news(self) -> None:
         """Hand every event to its stream until the engine dies."""
         while True:
-            message = decode_from_engine(await self._socket.recv())
+            message = await self._process.receive()
             if isinstance(message, News):
-                self._stats = message.stats
+                self._stats, self._num_read = message.stats, message.num_read
                 stopped = [e.request_id for e in message.events if self._deliver(e)]
                 if stopped:
                     self._forget(stopped)
             elif isinstance(message, Refused):
-                self._refuse(message)
+                refused = self._streams.pop(message.request_id, None)
+                if refused is not None:
+                    refused.open.pop(message.request_id, None)
+                    refused.deltas.put_nowait(_refusal(message))
             elif isinstance(message, Told):
                 answer = self._questions.get(message.number)
                 if answer is not None and not answer.done():  # else: who asked has gone
                     answer.set_result(message.content)
             elif isinstance(message, Fatal):
-                self._die(EngineDeadError(f"the engine stopped: {message.message}"))
+                self._die(
+                    EngineDeadError(cause_of_error(message.kind, message.message, self._doing))
+                )
                 return
 
     def _deliver(self, event: RequestEvent) -> bool:
@@ -285,31 +266,13 @@ class AsyncEngine:
             return False
         return answer.finish_reason is not None
 
-    def _refuse(self, refusal: Refused) -> None:
-        """The engine did not take a request: its caller gets the exception."""
-        stream = self._streams.pop(refusal.request_id, None)
-        if stream is not None:
-            stream.open.pop(refusal.request_id, None)
-            stream.deltas.put_nowait(_refusal(refusal))
-
-    async def _receive_or_death(self, watch: "asyncio.Task[None]") -> object:
-        receive = asyncio.ensure_future(self._socket.recv())
-        await asyncio.wait([receive, watch], return_when=asyncio.FIRST_COMPLETED)
-        if receive.done():
-            return decode_from_engine(receive.result())
-        receive.cancel()
-        raise EngineDeadError(
-            f"the engine process ended with code {self._process.child.returncode} while it "
-            "started; its log above says why"
-        )
-
-    async def _watch_child(self) -> None:
-        """Notice within half a second that the child is gone."""
-        while self._process.child.poll() is None:
-            await asyncio.sleep(0.25)
-        await asyncio.sleep(0.1)  # its last words may still be on the way
-        code = self._process.child.returncode
-        self._die(EngineDeadError(f"the engine process ended with code {code}"))
+    @property
+    def _doing(self) -> str:
+        """What the engine did when it was last heard of, to follow what became of it."""
+        if not self._tasks:
+            return self._phase
+        num_steps = self._stats.num_steps
+        return f"in step {num_steps + 1}" if self._streams else f"after step {num_steps}, at rest"
 
     def _die(self, error: EngineDeadError) -> None:
         if self._dead is None:
@@ -332,9 +295,9 @@ def _refusal(refusal: Refused) -> OctavoError:
     return error
 
 
-def _as_exception(fatal: Fatal) -> OctavoError:
+def _as_exception(fatal: Fatal, phase: str) -> OctavoError:
     """The exception that stopped the engine's start, of its own class where it is one of ours."""
     kind = getattr(errors, fatal.kind, None)
     if isinstance(kind, type) and issubclass(kind, OctavoError):
         return kind(fatal.message)
-    return EngineDeadError(f"the engine could not start: {fatal.kind}: {fatal.message}")
+    return EngineDeadError(cause_of_error(fatal.kind, fatal.message, phase))

@@ -3,9 +3,9 @@
 `AsyncEngine` (a real engine in its own process) and the fakes of `octavo.testing` both satisfy it.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from octavo.core import (
     EngineStats,
@@ -56,10 +56,35 @@ class TextDelta:
     prefill_time_s: float = 0.0
 
 
+class Pulse(NamedTuple):
+    """A look at the engine's process from outside."""
+
+    doing: str  # the end of a sentence, for the log
+    cpu_s: float = 0.0  # used since its start; where the model is on a GPU, that tells nothing: 0
+
+
 class ServingEngine(Protocol):
     """An engine that serves one model to many concurrent callers of one event loop."""
 
     model: ServedModel
+
+    @property
+    def live(self) -> Collection[str]:
+        """The ids of all requests that the engine has taken and not ended."""
+        ...
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the engine has something to do, or should have: also who left may be in it."""
+        ...
+
+    def examine(self) -> Pulse:
+        """What the engine's process does now."""
+        ...
+
+    def abandon(self, reason: str) -> None:
+        """Count the engine as dead from now on: every stream ends with `EngineDeadError`."""
+        ...
 
     def generate(
         self,

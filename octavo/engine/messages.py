@@ -55,10 +55,11 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """What a step brought."""
+    """What a step brought, or the messages that came before it."""
 
     events: list[RequestEvent]
     stats: EngineStats
+    num_read: int  # messages, since the start
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):

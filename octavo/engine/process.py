@@ -1,10 +1,11 @@
-"""The engine in a process of its own: `python -m octavo.engine.process SOCKET`.
+"""The engine in a process of its own: `python -m octavo.engine.process SOCKET LOG_FORMAT`.
 
 Options come as one line of JSON on standard input, which stays open: when it closes, the front end
 is gone and so is this process. Knows no HTTP and no text.
 """
 
 import contextlib
+import faulthandler
 import gc
 import logging
 import os
@@ -19,6 +20,7 @@ import zmq
 from octavo.config import EngineOptions
 from octavo.core import RequestEvent
 from octavo.engine.core import EngineCore
+from octavo.engine.logs import configure_logs
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
@@ -40,12 +42,17 @@ from octavo.errors import EngineDeadError, OctavoError, OverloadedError, Request
 
 logger = logging.getLogger("octavo.engine")
 
+# Where requests wait and none may run, steps are empty: do not flood the front end with their news.
+NOBODY_RUNS_MS = 1
+
 
 def main() -> None:
     """Entry point: build the engine, serve until the front end goes away."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    configure_logs(sys.argv[2], logging.WARNING)
     logging.getLogger("octavo.engine.memory_report").setLevel(logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
+    faulthandler.enable()  # a crash in native code shows where
+    faulthandler.register(signal.SIGUSR1)  # and so does a step that hangs, when it is asked
     options = msgspec.json.decode(sys.stdin.readline(), type=EngineOptions)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
@@ -90,19 +97,29 @@ def _run(options: EngineOptions, socket: "zmq.Socket[bytes]") -> None:
             )
         )
     )
+    num_read = 0
     while True:
-        events = _receive(core, socket)
+        events, num_new = _receive(core, socket)
+        num_read += num_new
         if core.has_work:
             events += core.step()
-        socket.send(encode(News(events, core.stats())))
+        stats = core.stats()
+        socket.send(encode(News(events, stats, num_read)))
+        if stats.num_waiting and not stats.num_running:
+            socket.poll(NOBODY_RUNS_MS)
 
 
-def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> list[RequestEvent]:
-    """Take all messages that are there; wait for one where there is nothing to compute."""
+def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> tuple[list[RequestEvent], int]:
+    """Take all messages that are there; wait for one where there is nothing to compute.
+
+    Returns what came of them, and how many they were.
+    """
     events: list[RequestEvent] = []
+    num_new = 0
     wait_ms = 0 if core.has_work else None
     while socket.poll(wait_ms):
         wait_ms = 0
+        num_new += 1
         match decode_to_engine(socket.recv()):
             case AddRequests(requests):
                 try:
@@ -118,7 +135,7 @@ def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> list[RequestEvent
             case ResetPrefixCache(number):
                 core.reset_prefix_cache()
                 socket.send(encode(WasReset(number)))
-    return events
+    return events, num_new
 
 
 def _refusal(request_id: str, error: RequestError | OverloadedError) -> Refused:

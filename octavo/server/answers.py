@@ -100,14 +100,20 @@ class Answers:
                 self._finish(tally, reason)
 
     @property
+    def num_tokens(self) -> tuple[int, int]:
+        """Of all prompts, and of all answers so far."""
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return num_prompt_tokens, sum(tally.num_tokens for tally in self.tallies)
+
+    @property
     def num_used_tokens(self) -> int:
         """Of prompts that the engine has taken, and of their answers so far.
 
         Who goes away before the first token pays for the prompt: it may have been computed.
         """
-        num_tokens = sum(tally.num_tokens for tally in self.tallies)
+        num_prompt_tokens, num_tokens = self.num_tokens
         if num_tokens or not isinstance(self._error, (RequestError, OverloadedError)):
-            num_tokens += sum(len(prompt.token_ids) for prompt in self.prompts)
+            num_tokens += num_prompt_tokens
         return num_tokens
 
     async def first(self) -> None:

@@ -36,15 +36,15 @@ class ErrorReply:
     code: str | None = None
     headers: dict[str, str] = field(default_factory=dict)
 
-    def body(self) -> bytes:
-        """The JSON of OpenAI's error object."""
+    def body(self, **beside: str) -> bytes:
+        """The JSON of OpenAI's error object, and what else stands beside it."""
         error = {
             "message": self.message,
             "type": self.type,
             "param": self.param,
             "code": self.code,
         }
-        return orjson.dumps({"error": error})
+        return orjson.dumps({"error": error} | beside)
 
     def response(self) -> Response:
         """The whole HTTP response."""

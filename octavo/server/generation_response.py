@@ -52,6 +52,7 @@ class GenerationResponse(Response):
             await self._run(scope, receive, send)
         finally:
             reservation.settle(self._answers.num_used_tokens)
+            scope["octavo.num_tokens"] = self._answers.num_tokens  # for the log
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._answers.running(receive):

@@ -5,7 +5,7 @@ seen from here, so they include tokenizing and the way between the processes; wh
 waited and computed is told by the engine. Names, types and labels are frozen by `docs/metrics.md`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
@@ -22,6 +22,7 @@ from octavo import __version__
 from octavo.core import EngineStats, FinishReason
 from octavo.engine import ServingEngine
 from octavo.errors import EngineDeadError
+from octavo.server.watchdog import State
 
 PREFIX = "octavo_"
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
@@ -77,6 +78,10 @@ class ServerMetrics:
             "request_generation_tokens", "Tokens of an answer"
         )
 
+    def show_state(self, ask: Callable[[], State]) -> None:
+        """From now on, tell how it stands with the engine; asked at every scrape."""
+        self._registry.register(_StateMetric(ask))
+
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)
@@ -112,6 +117,28 @@ class _EngineMetrics(Collector):
         yield _gauge("engine_up", "1 while the engine can answer", _is_alive(self._engine))
         yield from _gauges(stats)
         yield from _counters(stats)
+
+
+class _StateMetric(Collector):
+    """1 for the state that holds, 0 for the others: so each state has a series from the start."""
+
+    def __init__(self, ask: Callable[[], State]):
+        self._ask = ask
+
+    def describe(self) -> Iterator[Metric]:
+        """Nothing: see `_EngineMetrics`."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._ask()
+        states = GaugeMetricFamily(
+            PREFIX + "engine_state",
+            "How it stands with the engine: 1 for the state that holds",
+            labels=["state"],
+        )
+        for state in State:
+            states.add_metric([state.value], state is now)
+        yield states
 
 
 def _is_alive(engine: ServingEngine) -> bool:

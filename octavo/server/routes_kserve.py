@@ -10,15 +10,15 @@ from starlette.responses import Response
 
 from octavo.core import RequestOptions, SamplingParams
 from octavo.server.body import decode, read_json
-from octavo.server.errors import bad_request, unavailable
+from octavo.server.errors import bad_request
 from octavo.server.generation import generate, shape_options
 from octavo.server.keys import Scope
 from octavo.server.kserve_shape import MODEL_VERSION, TEXT_OUTPUT, KServeShape
 from octavo.server.prompts import PromptReader
 from octavo.server.protocol import CompletionRequest, SamplingFields, sampling_params
 from octavo.server.replies import json_response
-from octavo.server.routes_ops import octavo_version
-from octavo.server.state import Route, ServerState
+from octavo.server.routes_ops import octavo_version, refuse_unready
+from octavo.server.state import EVENTS, Route, ServerState
 
 DEFAULT_MAX_TOKENS = 16  # vLLM's, and so that backend's
 TEXT_INPUT = "text_input"
@@ -64,16 +64,16 @@ class KServeRoutes:
 
     def routes(self) -> list[Route]:
         """What the application serves."""
-        model, user = "/v2/models/{model}", Scope.INFERENCE
+        model, user, body = "/v2/models/{model}", Scope.INFERENCE, GenerateRequest
         return [
-            Route("GET", "/v2/health/live", self.live, Scope.PUBLIC),
-            Route("GET", "/v2/health/ready", self.ready, Scope.METRICS),
+            Route("GET", "/v2/health/live", self.live, Scope.PUBLIC, media=()),
+            Route("GET", "/v2/health/ready", self.ready, Scope.METRICS, media=()),
             Route("GET", "/v2", self.server, user),
             Route("GET", model, self.model, user),
-            Route("GET", model + "/ready", self.model_ready, user),
-            Route("POST", model + "/generate", self.generate, user),
-            Route("POST", model + "/generate_stream", self.generate_stream, user),
-            Route("POST", model + "/infer", self.infer, user),
+            Route("GET", model + "/ready", self.model_ready, user, media=()),
+            Route("POST", model + "/generate", self.generate, user, body),
+            Route("POST", model + "/generate_stream", self.generate_stream, user, body, (EVENTS,)),
+            Route("POST", model + "/infer", self.infer, user, InferRequest),
         ]
 
     async def live(self, request: Request) -> Response:
@@ -83,10 +83,8 @@ class KServeRoutes:
 
     async def ready(self, request: Request) -> Response:
         """200 while new requests are welcome."""
-        self._state.engine.check_health()
-        if self._state.draining:
-            return unavailable("the server is shutting down", "draining").response()
-        return Response()
+        refusal = refuse_unready(self._state.engine, self._state.condition())
+        return Response() if refusal is None else refusal
 
     async def server(self, request: Request) -> Response:
         """Name and version."""

@@ -10,10 +10,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.engine import ServingEngine
 from octavo.server.errors import ErrorReply, HttpError, unavailable
 from octavo.server.keys import Scope
 from octavo.server.replies import json_response
 from octavo.server.state import Route, ServerState
+from octavo.server.watchdog import Condition, State
 
 
 class OpsRoutes:
@@ -28,13 +30,12 @@ class OpsRoutes:
             Route("GET", "/health", self.health, Scope.PUBLIC),
             Route("GET", "/ready", self.ready, Scope.METRICS),
             Route("GET", "/version", self.version, Scope.METRICS),
-            Route("GET", "/metrics", self.metrics, Scope.METRICS),
+            Route("GET", "/metrics", self.metrics, Scope.METRICS, media=("text/plain",)),
             Route("GET", "/load", self.load, Scope.METRICS),
             Route("GET", "/server_info", self.server_info, Scope.ADMIN),
             Route("GET", "/debug/requests", self.requests, Scope.ADMIN),
             Route("GET", "/debug/requests/{request_id}", self.why, Scope.ADMIN),
             Route("POST", "/reset_prefix_cache", self.reset_prefix_cache, Scope.ADMIN),
-            Route("GET", "/", self.root, Scope.INFERENCE),
         ]
 
     async def health(self, request: Request) -> Response:
@@ -43,11 +44,12 @@ class OpsRoutes:
         return json_response({"status": "ok"})
 
     async def ready(self, request: Request) -> Response:
-        """200 while new requests are welcome."""
-        self._state.engine.check_health()
-        if self._state.draining:
-            return unavailable("the server is shutting down", "draining").response()
-        return json_response({"status": "ready"})
+        """200 while new requests are welcome, with the state of the engine either way."""
+        condition = self._state.condition()
+        refusal = refuse_unready(self._state.engine, condition)
+        if refusal is not None:
+            return refusal
+        return json_response({"status": "ready", "state": condition.state, "why": condition.why})
 
     async def version(self, request: Request) -> Response:
         """As vLLM's."""
@@ -107,16 +109,17 @@ class OpsRoutes:
             raise HttpError(ErrorReply(404, message, "invalid_request_error", "request_id"))
         return json_response({"id": request_id, "answers": stories})
 
-    async def root(self, request: Request) -> Response:
-        """Something for whoever opens the address in a browser."""
-        return json_response(
-            {
-                "name": "octavo",
-                "version": octavo_version(),
-                "models": self._state.model_names,
-                "see": ["/v1/models", "/v1/completions", "/v1/chat/completions", "/metrics"],
-            }
-        )
+
+def refuse_unready(engine: ServingEngine, condition: Condition) -> Response | None:
+    """The 503 of a server that wants no new requests; None where they are welcome.
+
+    Slow and starved servers are ready: others may be no better, and they may recover.
+    """
+    engine.check_health()
+    if condition.state not in (State.STUCK, State.DRAINING):
+        return None
+    body = unavailable(condition.why, condition.state).body(state=condition.state)
+    return Response(body, 503, media_type="application/json")
 
 
 def octavo_version() -> str:

@@ -20,7 +20,7 @@ from octavo.core import (
     check_sampling_ids,
     resolve_max_tokens,
 )
-from octavo.engine import ServedModel, TextDelta
+from octavo.engine import Pulse, ServedModel, TextDelta
 from octavo.engine.interface import DEFAULT_OPTIONS
 from octavo.errors import EngineDeadError, OverloadedError
 from octavo.testing.byte_tokenizer import EOS, ByteTokenizer
@@ -43,6 +43,7 @@ class FakeScript:
     token_delay_s: float = 0.0  # before every further one
     max_requests: int | None = None  # one more is refused as an overload
     dead: bool = False
+    cpu_s: float = 0.0  # that its process has used
     fail_after: int | None = None  # tokens of an answer, after which comes `failure`
     failure: BaseException | str = (
         "the fake engine failed as told"  # a string ends one answer with it
@@ -63,6 +64,7 @@ class FakeEngine:
     num_prompt_tokens: int = 0
     num_resets: int = 0
     num_generation_tokens: int = 0
+    abandoned: str = ""  # why it was given up
 
     def __post_init__(self) -> None:
         tokenizer = ByteTokenizer()
@@ -71,7 +73,21 @@ class FakeEngine:
     def check_health(self) -> None:
         """Raise `EngineDeadError` where the script says so."""
         if self.script.dead:
-            raise EngineDeadError("the fake engine is dead: /fake/path.py line 1")
+            raise EngineDeadError(self.abandoned or "the fake engine is dead: /fake/path.py line 1")
+
+    @property
+    def is_busy(self) -> bool:
+        """While a request lives."""
+        return bool(self.live)
+
+    def examine(self) -> Pulse:
+        """A process like any other."""
+        return Pulse("computes", self.script.cpu_s)
+
+    def abandon(self, reason: str) -> None:
+        """Dead from now on, whatever the script says."""
+        self.abandoned = reason
+        self.script.dead = True
 
     async def why(self, request_id: str) -> dict[str, list[str]]:
         """A story for each live request whose id begins with this."""

@@ -174,10 +174,37 @@ async def test_a_killed_engine_ends_every_stream_with_an_error_and_shows_as_dead
     os.kill(engine._process.child.pid, signal.SIGKILL)
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(r, EngineDeadError) for r in results), results
-    with pytest.raises(EngineDeadError, match="-9"):
+    with pytest.raises(EngineDeadError, match=r"signal 9 \(SIGKILL\) in step"):
         engine.check_health()
     with pytest.raises(EngineDeadError):
         await collect(engine, "late")
+
+
+async def test_an_engine_that_does_not_answer_is_seen_from_outside(engine, monkeypatch):
+    monkeypatch.setattr("octavo.engine.async_engine.ANSWER_TIMEOUT_S", 0.2)
+    assert not engine.is_busy
+    child = engine._process.child
+    child.send_signal(signal.SIGSTOP)
+    with pytest.raises(OverloadedError, match="has not answered yet"):
+        await engine.requests()
+    with pytest.raises(TimeoutError):  # nobody waits any more, and yet there is something to do
+        await asyncio.wait_for(collect(engine, "r", max_tokens=5), 0.2)
+    assert engine.is_busy and not engine.live
+    assert "was stopped" in engine.examine().doing
+    child.send_signal(signal.SIGCONT)
+    await until(lambda: not engine.is_busy)
+    assert engine.examine().cpu_s > 0.1
+    assert len(await collect(engine, "r", max_tokens=5)) == 5
+
+
+async def test_who_is_given_up_gets_an_error_at_once(engine):
+    running = asyncio.create_task(collect(engine, "r", max_tokens=400))
+    await until(lambda: engine.live)
+    engine.abandon("it took too long")
+    with pytest.raises(EngineDeadError, match="given up: it took too long"):
+        await running
+    with pytest.raises(EngineDeadError):
+        engine.check_health()
 
 
 async def test_a_model_that_cannot_be_loaded_says_why(tmp_path, model):

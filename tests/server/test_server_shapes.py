@@ -342,9 +342,11 @@ async def test_tokenize_and_back(client: httpx.AsyncClient) -> None:
 
 async def test_small_pages(client: httpx.AsyncClient) -> None:
     assert (await client.get("/health")).json() == {"status": "ok"}
-    assert (await client.get("/ready")).json() == {"status": "ready"}
+    ready = (await client.get("/ready")).json()
+    assert ready == {"status": "ready", "state": "ok", "why": ""}
     assert isinstance((await client.get("/version")).json()["version"], str)
-    assert (await client.get("/")).json()["models"] == ["fake-model"]
+    as_json = {"accept": "application/json"}
+    assert (await client.get("/", headers=as_json)).json()["models"] == ["fake-model"]
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,29 @@ def test_p10_dead_engine_ends_the_server() -> None:
     assert len(errors) == 1
 
 
+def test_p10_an_engine_that_dies_while_the_server_drains() -> None:
+    engine = FakeEngine(FakeScript(token_delay_s=0.01))
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    config = ServerConfig(drain_timeout_s=600)
+    server = OctavoServer(create_app(engine, config), config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    body = {"prompt": "Hi", "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=10) as response:
+        text = ""
+        for chunk in response.iter_text():
+            if not text:
+                server.handle_exit(signal.SIGTERM, None)
+            text += chunk
+            if len(text) > 2000:
+                engine.script.dead = True
+    assert '"code":"engine_dead"' in text
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+    assert server.engine_error is not None
+
+
 def test_lifespan_surrounds_serving() -> None:
     journal: list[str] = []
 
