@@ -5,6 +5,7 @@ Command-line flags and the reference page are made from these fields and their h
 
 from dataclasses import dataclass, field
 
+from octavo.engine.logs import LOG_FORMATS
 from octavo.errors import ConfigError
 
 
@@ -42,6 +43,22 @@ class ServerConfig:
     ssl_keyfile: str | None = field(
         default=None, metadata={"help": "private key of the certificate, PEM"}
     )
+    tool_call_parser: str = field(
+        default="auto",
+        metadata={
+            "help": "how the model writes calls of tools: hermes between markers, json as the "
+            "whole answer; auto asks the chat template",
+            "choices": ("auto", "hermes", "json"),
+        },
+    )
+    reasoning_parser: str = field(
+        default="auto",
+        metadata={
+            "help": "think splits what is between think tags from answers, off leaves it in "
+            "them; auto asks the chat template",
+            "choices": ("auto", "think", "off"),
+        },
+    )
     max_request_bytes: int = field(
         default=16 * 2**20, metadata={"help": "larger request bodies are refused while reading"}
     )
@@ -58,7 +75,33 @@ class ServerConfig:
         default=60, metadata={"help": "seconds an idle connection is kept open"}
     )
     drain_timeout_s: int = field(
-        default=30, metadata={"help": "seconds that running requests get after SIGTERM"}
+        default=60, metadata={"help": "seconds that running requests get after SIGTERM"}
+    )
+    watchdog_timeout_s: float = field(
+        default=60.0,
+        metadata={
+            "help": "seconds without a finished step, with requests there, after which the engine "
+            "counts as stuck and the server as not ready; must exceed the longest step"
+        },
+    )
+    watchdog_action: str = field(
+        default="exit",
+        metadata={
+            "help": "what becomes of an engine that is stuck for twice that time: exit ends all "
+            "streams with an error and the server with status 1; log only tells",
+            "choices": ("exit", "log"),
+        },
+    )
+    log_format: str = field(
+        default="text",
+        metadata={
+            "help": "of log lines on standard error: json has one object a line",
+            "choices": LOG_FORMATS,
+        },
+    )
+    log_requests: bool = field(
+        default=False,
+        metadata={"help": "log each response: route, status, seconds, tokens; never any text"},
     )
 
     @property
@@ -82,6 +125,18 @@ class ServerConfig:
             raise ConfigError("usage_file counts the use of keys: give api_key_file, too")
         if "" in self.served_model_name:
             raise ConfigError("served_model_name must not be empty")
+        if self.watchdog_action not in ("exit", "log"):
+            raise ConfigError(f"watchdog_action must be exit or log, got {self.watchdog_action!r}")
+        if self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format must be text or json, got {self.log_format!r}")
+        if self.tool_call_parser not in ("auto", "hermes", "json"):
+            raise ConfigError(
+                f"tool_call_parser must be auto, hermes or json, got {self.tool_call_parser!r}"
+            )
+        if self.reasoning_parser not in ("auto", "think", "off"):
+            raise ConfigError(
+                f"reasoning_parser must be auto, think or off, got {self.reasoning_parser!r}"
+            )
         if self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s must not be negative, got {self.drain_timeout_s}")
         positive = {
@@ -90,6 +145,7 @@ class ServerConfig:
             "read_timeout_s": self.read_timeout_s,
             "write_timeout_s": self.write_timeout_s,
             "keep_alive_s": self.keep_alive_s,
+            "watchdog_timeout_s": self.watchdog_timeout_s,
         }
         for name, value in positive.items():
             if value <= 0:

@@ -4,6 +4,7 @@ All of them hold before work is queued. Bounds of sampling options (n, stop stri
 in `octavo.core.SamplingParams`, bounds of the vocabulary and the context are the engine's.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from octavo.server.config import ServerConfig
@@ -28,6 +29,12 @@ class Limits:
     max_inline_chars: int = 8192  # longer texts are tokenized off the event loop
     max_unread_deltas: int = 1024  # for each HTTP request; more wait in the engine
     max_inspected_bytes: int = 64 * 2**10  # longer bodies are not searched for unknown fields
+    max_tools: int = 128
+    max_tools_bytes: int = 256 * 2**10  # as JSON, all together
+    tool_name_pattern: str = "[a-zA-Z0-9_-]{1,64}"
+    max_tool_calls: int = 128  # in one message of the conversation
+    max_template_kwargs_bytes: int = 64 * 2**10  # as JSON
+    max_json_depth: int = 32  # of schemas of tools, arguments of calls, chat_template_kwargs
 
     @classmethod
     def of(cls, config: ServerConfig) -> "Limits":
@@ -42,3 +49,16 @@ class Limits:
     def max_prompt_chars(self, max_model_len: int) -> int:
         """Texts beyond this are refused without tokenizing them."""
         return self.max_chars_per_token * max_model_len + 1024
+
+    def is_too_deep(self, value: object) -> bool:
+        """Whether data that came as JSON is nested beyond what anybody needs."""
+        level = [value]
+        for _ in range(self.max_json_depth + 1):
+            level = [child for item in level for child in _children(item)]
+        return bool(level)
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()

@@ -20,8 +20,8 @@ from octavo.server.openai_logprobs import LogprobShaper
 from octavo.server.prompts import Prompt
 
 DONE = b"data: [DONE]\n\n"
-_MARK = "\x00text\x00"  # stands for the text in a template; no model name has it
-_MARK_JSON = orjson.dumps(_MARK)
+MARK = "\x00text\x00"  # stands for the text in a template; no model name has it
+_MARK_JSON = orjson.dumps(MARK)
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ class Shape(ABC):
 
     def _template(self, index: int) -> tuple[bytes, bytes]:
         """A frame, cut where the text goes: made by the slow path, so both look the same."""
-        frame = sse(self.chunk(self.chunk_choice(index, Piece(_MARK))))
+        frame = sse(self.chunk(self.chunk_choice(index, Piece(MARK))))
         head, _, tail = frame.partition(_MARK_JSON)
         self._templates[index] = head, tail
         return head, tail

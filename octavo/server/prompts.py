@@ -6,19 +6,28 @@ Knows no sampling and no HTTP.
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+import msgspec
 
 from octavo.engine import ServedModel
 from octavo.errors import ContextLengthError
 from octavo.server.errors import bad_request
 from octavo.server.limits import Limits
-from octavo.server.protocol import Message, PromptField
+from octavo.server.protocol import Message, PromptField, ToolCall
 
 T = TypeVar("T")
 
 # OpenAI renamed "system" to "developer"; templates mostly know the old name only.
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {name: name for name in ("system", "user", "assistant", "tool")} | {"developer": "system"}
+
+# What transformers' function takes besides a template's arguments; no template knows them.
+_RESERVED = frozenset(
+    {"tokenize", "chat_template", "conversation", "tools", "continue_final_message"}
+)
+_OBJECT = msgspec.json.Decoder(dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,17 +97,30 @@ class PromptReader:
             return lists
         raise bad_request("prompt must not mix texts and token ids", param="prompt")
 
-    async def chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Prompt:
+    async def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        template_arguments: Mapping[str, Any] | None = None,
+    ) -> Prompt:
         """The rendered conversation."""
         if not messages:
             raise bad_request("messages must not be empty", param="messages")
-        turns = [_turn(message, i) for i, message in enumerate(messages)]
-        num_chars = sum(len(text) for turn in turns for text in turn.values())
+        turns = [_turn(message, i, self._limits) for i, message in enumerate(messages)]
+        _name_results(turns)
+        num_chars = sum(_num_chars(value) for turn in turns for value in turn.values())
+        num_chars += _num_chars(template_arguments or "")
         self._check_chars(num_chars, "messages")
         encode_chat = self._model.tokenizer.encode_chat
 
         def build() -> Prompt:
-            return Prompt(encode_chat(turns, add_generation_prompt=add_generation_prompt))
+            token_ids = encode_chat(
+                turns,
+                add_generation_prompt=add_generation_prompt,
+                template_arguments=template_arguments,
+            )
+            return Prompt(token_ids)
 
         return await self._run(build, num_chars=num_chars)
 
@@ -117,17 +139,73 @@ class PromptReader:
         return build()
 
 
-def _turn(message: Message, index: int) -> Mapping[str, Any]:
+def arguments_of_template(
+    given: Mapping[str, Any] | None, tools: Sequence[Mapping[str, Any]] | None, limits: Limits
+) -> dict[str, Any]:
+    """What the template gets besides messages: `chat_template_kwargs`, checked, and tools."""
+    param, arguments = "chat_template_kwargs", dict(given or {})
+    for name in arguments.keys() & _RESERVED:
+        message = f"{name} is set by the server and cannot be a template argument"
+        raise bad_request(message, param=param)
+    if limits.is_too_deep(arguments):
+        raise bad_request(f"{param} is nested too deeply", param=param)
+    if _num_chars(arguments) > limits.max_template_kwargs_bytes:
+        message = f"{param} has more than {limits.max_template_kwargs_bytes} bytes of JSON"
+        raise bad_request(message, param=param)
+    return arguments if tools is None else arguments | {"tools": tools}
+
+
+def _num_chars(value: object) -> int:
+    """Characters of a text, or bytes of the JSON of other data."""
+    return len(value) if isinstance(value, str) else len(msgspec.json.encode(value))
+
+
+def _turn(message: Message, index: int, limits: Limits) -> dict[str, Any]:
     where = f"messages[{index}]"
     if message.role not in _ROLES:
         known = ", ".join(_ROLES)
         raise bad_request(f"{where}.role must be one of {known}", param=f"{where}.role")
-    if message.content is None:
+    thought = message.reasoning_content or message.reasoning
+    calls = message.tool_calls or []
+    if len(calls) > limits.max_tool_calls:
+        text = f"{where}.tool_calls: at most {limits.max_tool_calls} calls in a message"
+        raise bad_request(text, param=f"{where}.tool_calls")
+    if (thought or calls) and message.role != "assistant":
+        name = "tool_calls" if calls else "reasoning_content"
+        raise bad_request(f"{where}.{name} belongs to assistants", param=f"{where}.{name}")
+    if message.content is None and not (thought or calls):
         raise bad_request(f"{where}.content is required", param=f"{where}.content")
-    turn = {"role": _ROLES[message.role], "content": _text_of(message, where)}
-    if message.name is not None:
-        turn["name"] = message.name
-    return turn
+    # Most templates look for tags in the content, so it is a text even where there is none. Of the
+    # others they ask whether they are defined.
+    turn: dict[str, Any] = {"role": _ROLES[message.role], "content": _text_of(message, where)}
+    others = {
+        "name": message.name,
+        "tool_call_id": message.tool_call_id,
+        "reasoning_content": thought,
+        "tool_calls": [_call(call, f"{where}.tool_calls", limits) for call in calls] or None,
+    }
+    return turn | {name: value for name, value in others.items() if value is not None}
+
+
+def _name_results(turns: Sequence[dict[str, Any]]) -> None:
+    """Name the function of each result: some templates ask, and OpenAI's clients do not say."""
+    names: dict[str, str] = {}
+    for turn in turns:
+        names |= {c["id"]: c["function"]["name"] for c in turn.get("tool_calls", ()) if "id" in c}
+        if turn["role"] == "tool" and turn.get("tool_call_id") in names:
+            turn.setdefault("name", names[turn["tool_call_id"]])
+
+
+def _call(call: ToolCall, where: str, limits: Limits) -> dict[str, Any]:
+    """A call as chat templates expect it: arguments are an object where the text is one's."""
+    arguments: str | dict[str, Any] = call.function.arguments or {}
+    if isinstance(arguments, str):
+        with suppress(msgspec.MsgspecError, RecursionError):
+            arguments = _OBJECT.decode(arguments)
+    if limits.is_too_deep(arguments):
+        raise bad_request(f"{where}: arguments are nested too deeply", param=where)
+    shaped = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
+    return shaped if call.id is None else {"id": call.id} | shaped
 
 
 def _text_of(message: Message, where: str) -> str:

@@ -46,7 +46,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     max_tokens: int | None = None
     min_tokens: int | None = None
-    logit_bias: msgspec.Raw = msgspec.Raw()
+    logit_bias: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     allowed_token_ids: list[int] | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -89,12 +89,60 @@ class ContentPart(msgspec.Struct):
     text: str | None = None
 
 
+class CalledFunction(msgspec.Struct):
+    """What an assistant called; `arguments` is JSON text, or the object itself."""
+
+    name: str
+    arguments: str | dict[str, Any] = ""
+
+
+class ToolCall(msgspec.Struct):
+    """A call in an assistant's message."""
+
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+
+
 class Message(msgspec.Struct):
-    """One turn of a conversation."""
+    """One turn of a conversation. `reasoning` is another name of `reasoning_content`."""
 
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+
+
+class FunctionTool(msgspec.Struct):
+    """A function that the model may call. `strict` has no effect: arguments are not forced."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct):
+    """A tool that a client offers. Only functions are understood."""
+
+    type: str
+    function: FunctionTool | None = None
+
+
+class FunctionName(msgspec.Struct):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedToolChoice(msgspec.Struct):
+    """Forces the call of one function."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
 
 
 class ChatRequest(SamplingFields, kw_only=True):
@@ -105,6 +153,10 @@ class ChatRequest(SamplingFields, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 Neutral = tuple[object, ...]  # JSON values that ask for nothing; null always is one
@@ -126,8 +178,6 @@ _REFUSED: dict[str, Neutral] = {
 }
 REFUSED_IN_COMPLETIONS = _REFUSED | {"suffix": ("",)}
 REFUSED_IN_CHAT = _REFUSED | {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "audio": (),
@@ -137,7 +187,6 @@ REFUSED_IN_CHAT = _REFUSED | {
     "reasoning_effort": (),
     "verbosity": ("medium",),
     "chat_template": (),
-    "chat_template_kwargs": ({},),
     "documents": ([],),
     "continue_final_message": (False,),
     "add_special_tokens": (False,),
@@ -155,7 +204,6 @@ _WITHOUT_EFFECT = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "parallel_tool_calls",
     }
 )
 

@@ -6,6 +6,7 @@ Each handler reads as the list of its steps; the steps are in the other modules.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TypeVar
 
 from starlette.requests import Request
@@ -14,22 +15,25 @@ from starlette.responses import Response
 from octavo.core import RequestOptions, SamplingParams, check_prompt
 from octavo.errors import RequestError
 from octavo.server.body import read_json
+from octavo.server.chat_style import ChatStyle
 from octavo.server.errors import bad_request
 from octavo.server.generation import generate, shape_options
 from octavo.server.keys import Scope
-from octavo.server.openai_chat import ChatShape
+from octavo.server.openai_chat import chat_shape
 from octavo.server.openai_completions import CompletionShape
 from octavo.server.openai_shape import Shape, ShapeOptions
-from octavo.server.prompts import Prompt, PromptReader, truncated
+from octavo.server.prompts import Prompt, PromptReader, arguments_of_template, truncated
 from octavo.server.protocol import (
     ChatRequest,
+    CompletionRequest,
     SamplingFields,
     parse_chat,
     parse_completion,
     sampling_params,
 )
 from octavo.server.replies import json_response
-from octavo.server.state import Route, ServerState
+from octavo.server.state import EVENTS, JSON, Route, ServerState
+from octavo.server.tools import offered_tools
 
 T = TypeVar("T")
 
@@ -45,11 +49,12 @@ class OpenAIRoutes:
 
     def routes(self) -> list[Route]:
         """What the application serves."""
+        user, media = Scope.INFERENCE, (JSON, EVENTS)
         return [
-            Route("GET", "/v1/models", self.models, Scope.INFERENCE),
-            Route("GET", "/v1/models/{model:path}", self.model, Scope.INFERENCE),
-            Route("POST", "/v1/completions", self.completions, Scope.INFERENCE),
-            Route("POST", "/v1/chat/completions", self.chat_completions, Scope.INFERENCE),
+            Route("GET", "/v1/models", self.models, user),
+            Route("GET", "/v1/models/{model:path}", self.model, user),
+            Route("POST", "/v1/completions", self.completions, user, CompletionRequest, media),
+            Route("POST", "/v1/chat/completions", self.chat_completions, user, ChatRequest, media),
         ]
 
     async def models(self, request: Request) -> Response:
@@ -110,17 +115,31 @@ class OpenAIRoutes:
         fields = parse_chat(await read_json(request, state.limits), state.limits)
         name = state.check_model(fields.model)
         reader = PromptReader(state.engine.model, state.limits)
+        tools = offered_tools(fields, state.limits)
+        self._chat_style.check_tools(tools)
         with _chat_names(fields):
-            sampling = _chat_sampling(fields, state)
+            sampling = self._chat_style.sampling(_chat_sampling(fields, state), tools)
+            definitions = None if tools is None else tools.definitions
             prompt = await reader.chat(
-                fields.messages, add_generation_prompt=_or(fields.add_generation_prompt, True)
+                fields.messages,
+                add_generation_prompt=_or(fields.add_generation_prompt, True),
+                template_arguments=arguments_of_template(
+                    fields.chat_template_kwargs, definitions, state.limits
+                ),
             )
             prompts = truncated(
                 [prompt], fields.truncate_prompt_tokens, room=_room(sampling, state)
             )
             options = _shape_options(state, fields, prompts, sampling, model=name)
-        shape = ChatShape(options, state.logprob_shaper)
+        shape = chat_shape(
+            options, state.logprob_shaper, self._chat_style.parsers(tools, prompts[0])
+        )
         return _generate(request, state, shape, sampling, fields, arrival_s=arrival_s)
+
+    @cached_property
+    def _chat_style(self) -> ChatStyle:
+        """Found at the first request: only then is the engine sure to know its tokenizer."""
+        return ChatStyle.of(self._state.engine.model.tokenizer, self._state.config)
 
 
 def _shape_options(

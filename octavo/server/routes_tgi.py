@@ -15,7 +15,7 @@ from octavo.server.keys import Scope
 from octavo.server.prompts import PromptReader
 from octavo.server.replies import json_response
 from octavo.server.routes_ops import octavo_version
-from octavo.server.state import Route, ServerState
+from octavo.server.state import EVENTS, JSON, Route, ServerState
 from octavo.server.tgi_shape import TGIShape
 
 DEFAULT_NEW_TOKENS = 100  # TGI's, since its version 2
@@ -41,7 +41,7 @@ class Parameters(msgspec.Struct, kw_only=True):
     decoder_input_details: bool = False
     seed: int | None = None
     top_n_tokens: int | None = None
-    grammar: msgspec.Raw = msgspec.Raw()
+    grammar: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     adapter_id: str | None = None
 
 
@@ -64,11 +64,12 @@ class TGIRoutes:
 
     def routes(self) -> list[Route]:
         """What the application serves."""
+        user, body = Scope.INFERENCE, GenerateRequest
         return [
-            Route("POST", "/", self.root, Scope.INFERENCE),
-            Route("POST", "/generate", self.generate, Scope.INFERENCE),
-            Route("POST", "/generate_stream", self.generate_stream, Scope.INFERENCE),
-            Route("GET", "/info", self.info, Scope.INFERENCE),
+            Route("POST", "/", self.root, user, body, (JSON, EVENTS)),
+            Route("POST", "/generate", self.generate, user, body),
+            Route("POST", "/generate_stream", self.generate_stream, user, body, (EVENTS,)),
+            Route("GET", "/info", self.info, user),
         ]
 
     async def root(self, request: Request) -> Response:

@@ -52,8 +52,8 @@ class TokenizeRoutes:
     def routes(self) -> list[Route]:
         """What the application serves."""
         return [
-            Route("POST", "/tokenize", self.tokenize, Scope.INFERENCE),
-            Route("POST", "/detokenize", self.detokenize, Scope.INFERENCE),
+            Route("POST", "/tokenize", self.tokenize, Scope.INFERENCE, TokenizeRequest),
+            Route("POST", "/detokenize", self.detokenize, Scope.INFERENCE, DetokenizeRequest),
         ]
 
     async def tokenize(self, request: Request) -> Response:
