@@ -32,8 +32,10 @@ check: $(INSTALLED)  ## linter, formatter and types
 soak: $(INSTALLED)  ## seeds of simulated engines, FIRST (0) and SEEDS (100000) of them: some minutes
 	$(BIN)/python -m octavo.sim.swarm --seeds $(FIRST) $$(( $(FIRST) + $(SEEDS) ))
 
-fuzz: $(INSTALLED)  ## damaged checkpoints, FIRST (0) and SEEDS (100000) of them: half an hour
+fuzz: $(INSTALLED)  ## damaged checkpoints and hostile requests, SEEDS (100000) of each from FIRST (0): an hour
 	PYTHONPATH=tests $(BIN)/python -m fuzz --seeds $(FIRST) $$(( $(FIRST) + $(SEEDS) ))
+	PYTHONPATH=tests $(BIN)/python -m fuzz.http_play --seeds $(FIRST) $$(( $(FIRST) + $(SEEDS) ))
+	OCTAVO_FUZZ_EXAMPLES=1000 $(BIN)/python -m pytest -q tests/fuzz/test_http_fuzz.py -k document
 
 docs: $(INSTALLED)  ## write the pages that are made from the code
 	$(BIN)/python -m octavo.cli.reference > docs/flags.md

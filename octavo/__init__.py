@@ -7,7 +7,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from octavo.core import SamplingParams, TokenLogprobs
+from octavo.core import SamplingParams, StructuredOutputsParams, TokenLogprobs
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ __all__ = [
     "OctavoError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TokenLogprobs",
     "__version__",
 ]

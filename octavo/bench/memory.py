@@ -163,6 +163,7 @@ class Witness:
     name = "witness"
     preempts = False
     binds_running = True
+    stands_aside = False
 
     def __init__(self) -> None:
         self._asked: dict[str, Sequence] = {}

@@ -30,6 +30,7 @@ from octavo.core.sequence import (
     SequenceStatus,
     Swapped,
 )
+from octavo.core.structured import Grammars, Matcher, StructuredOutputsParams
 
 __all__ = [
     "FINISHED",
@@ -40,7 +41,9 @@ __all__ = [
     "Executor",
     "FinishReason",
     "Fork",
+    "Grammars",
     "Launch",
+    "Matcher",
     "NewSequence",
     "PendingResult",
     "Request",
@@ -54,6 +57,7 @@ __all__ = [
     "SequenceStatus",
     "StepPlan",
     "StepResult",
+    "StructuredOutputsParams",
     "Swapped",
     "SystemClock",
     "Tier",

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from octavo.core.structured import StructuredOutputsParams
 from octavo.errors import RequestError
 
 MAX_STOP_STRINGS = 16
@@ -40,6 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: report log-probabilities of the drawn token and of this many likeliest ones.
     logit_bias: added to the logits of these token ids.
     allowed_token_ids: if given, nothing else can be drawn.
+    structured_outputs: the shape that the answer must have; nothing else can be drawn.
     use_beam_search: instead of drawing, keep the `beam_width` likeliest continuations at each step
         and return the best `n` by sum of logprobs / length ** `length_penalty`; `early_stopping`
         ends the search when `beam_width` are finished (True), when no better one is likely (False),
@@ -64,6 +66,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     use_beam_search: bool = False
     beam_width: int | None = None
     length_penalty: float = 1.0
@@ -78,6 +81,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check_stops(self)
         _check_token_tables(self)
         _check_beams(self)
+        _check_structured_outputs(self)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -207,9 +211,24 @@ def _check_beams(params: SamplingParams) -> None:
         "logit_bias": bool(params.logit_bias),
         "allowed_token_ids": params.allowed_token_ids is not None,
         "min_tokens": params.min_tokens != 0,
+        "structured_outputs": params.structured_outputs is not None,
         "stop": bool(params.stop_strings),
         "logprobs": params.logprobs is not None,
     }
     for name, is_given in shaped.items():
         if is_given:
             raise RequestError(f"{name} cannot be combined with use_beam_search", param=name)
+
+
+def _check_structured_outputs(params: SamplingParams) -> None:
+    """Nothing may rule out what the shape demands: its end, above all."""
+    if params.structured_outputs is None:
+        return
+    contrary = {
+        "ignore_eos": params.ignore_eos,
+        "min_tokens": params.min_tokens != 0,
+        "allowed_token_ids": params.allowed_token_ids is not None,
+    }
+    for name, is_given in contrary.items():
+        if is_given:
+            raise RequestError(f"{name} cannot be combined with structured_outputs", param=name)

@@ -60,9 +60,28 @@ def check_request(
             "stop_token_ids work without",
             param="stop",
         )
+    if sampling.structured_outputs is not None and not has_text:
+        raise RequestError(
+            "the shape of an answer needs a tokenizer, and none is loaded (skip_tokenizer_init)",
+            param="structured_outputs",
+        )
     check_prompt(prompt_token_ids, vocab_size=vocab_size)
     check_sampling_ids(sampling, vocab_size=vocab_size)
     resolve_max_tokens(len(prompt_token_ids), sampling.max_tokens, max_model_len)
+
+
+def check_shape(sampling: SamplingParams, eos_token_ids: tuple[int, ...]) -> None:
+    """Refuse an answer's shape that no grammar can be made of. May take a second."""
+    if sampling.structured_outputs is None:
+        return
+    if not eos_token_ids:
+        raise RequestError(
+            "the shape of an answer needs an end-of-sequence token, and this model has none",
+            param="structured_outputs",
+        )
+    from octavo.text.grammar import check_grammar  # its library is needed by nothing else
+
+    check_grammar(sampling.structured_outputs)
 
 
 class Answer:

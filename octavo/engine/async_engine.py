@@ -6,6 +6,7 @@ Owns the open streams. Knows no HTTP.
 import asyncio
 import itertools
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from typing import Any
 
@@ -18,7 +19,7 @@ from octavo.core import (
     RequestStatus,
     SamplingParams,
 )
-from octavo.engine.answers import Answer, check_request, fan_out
+from octavo.engine.answers import Answer, check_request, check_shape, fan_out
 from octavo.engine.child import STOP_TIMEOUT_S, EngineProcess
 from octavo.engine.interface import DEFAULT_OPTIONS, Pulse, ServedModel, TextDelta
 from octavo.engine.messages import (
@@ -45,11 +46,32 @@ ANSWER_TIMEOUT_S = 10.0  # for questions of operators, who should hear if a step
 
 
 class _Stream:
-    """One user request: its unfinished answers and the deltas that nobody has read yet."""
+    """One user request: its unfinished answers and the deltas that its one reader has not read.
+
+    No asyncio.Queue, for that asks which loop runs at every wait: on Python 3.11 a system call.
+    """
 
     def __init__(self) -> None:
         self.open: dict[str, Answer] = {}  # engine request id -> answer
-        self.deltas: asyncio.Queue[TextDelta | OctavoError] = asyncio.Queue()
+        self._unread: deque[TextDelta | OctavoError] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._news: asyncio.Future[None] | None = None  # what the reader waits for
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing is left to be read, and nothing will come."""
+        return not (self.open or self._unread)
+
+    def put(self, delta: TextDelta | OctavoError) -> None:
+        self._unread.append(delta)
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def get(self) -> TextDelta | OctavoError:
+        while not self._unread:
+            self._news = self._loop.create_future()
+            await self._news
+        return self._unread.popleft()
 
 
 class AsyncEngine:
@@ -126,6 +148,8 @@ class AsyncEngine:
             max_model_len=self.model.max_model_len,
             has_text=self.model.has_text,
         )
+        if sampling.structured_outputs is not None:
+            await asyncio.to_thread(check_shape, sampling, self._ready.eos_token_ids)
         room = self._ready.max_num_seqs + self._max_num_queued_reqs
         if len(self._streams) + sampling.num_sequences > room:
             raise OverloadedError(
@@ -146,8 +170,8 @@ class AsyncEngine:
             self._streams[request.request_id] = stream
         self._process.send(AddRequests(requests))
         try:
-            while stream.open or not stream.deltas.empty():
-                delta = await stream.deltas.get()
+            while not stream.is_over:
+                delta = await stream.get()
                 if isinstance(delta, OctavoError):
                     raise delta
                 yield delta
@@ -238,7 +262,7 @@ class AsyncEngine:
                 refused = self._streams.pop(message.request_id, None)
                 if refused is not None:
                     refused.open.pop(message.request_id, None)
-                    refused.deltas.put_nowait(_refusal(message))
+                    refused.put(_refusal(message))
             elif isinstance(message, Told):
                 answer = self._questions.get(message.number)
                 if answer is not None and not answer.done():  # else: who asked has gone
@@ -256,10 +280,10 @@ class AsyncEngine:
             return False  # it was aborted, and its last event crossed the abort on the way
         answer = stream.open[event.request_id]
         try:
-            stream.deltas.put_nowait(answer.update(event))
+            stream.put(answer.update(event))
         except Exception:  # a bug in turning these ids to text must not end the other streams
             logger.exception("request %s fails: its output could not be read", event.request_id)
-            stream.deltas.put_nowait(OctavoError("the output could not be turned into text"))
+            stream.put(OctavoError("the output could not be turned into text"))
             return True
         if event.finish_reason is not None:
             del stream.open[event.request_id], self._streams[event.request_id]
@@ -282,7 +306,7 @@ class AsyncEngine:
                 answer.set_exception(self._dead)
         for stream in set(self._streams.values()):
             stream.open.clear()
-            stream.deltas.put_nowait(self._dead)
+            stream.put(self._dead)
         self._streams.clear()
 
 

@@ -21,6 +21,7 @@ from octavo.config import (
 )
 from octavo.core import Launch
 from octavo.engine.core import EngineCore
+from octavo.engine.grammars import LazyGrammars
 from octavo.engine.kv_tiers import open_disk
 from octavo.engine.memory_report import MemoryMeter, MemoryReport
 from octavo.kernels import PAGED_ATTENTION
@@ -57,11 +58,13 @@ class BuiltEngine:
     memory: MemoryReport
     storage: KVStorage
     thread: ThreadPoolExecutor | None  # where steps run beside the scheduler, on a CPU
+    grammars: LazyGrammars
 
     def close(self) -> None:
         """End the engine's thread and give its KV file back. Nothing can be asked of it then."""
         if self.thread is not None:
             self.thread.shutdown()
+        self.grammars.close()
         self.storage.close()
 
 
@@ -109,7 +112,8 @@ def build_engine(
         num_blocks = (config.kv_cache_bytes or 0) // config.kv_block_bytes
         disk = open_disk(checkpoint, config)
         storage = create_storage(model, config, num_blocks, disk)
-        runner = create_runner(model, config, storage)
+        grammars = LazyGrammars(checkpoint, config)
+        runner = create_runner(model, config, storage, grammars)
         memory.kv_is_allocated(runner, host_kv_bytes=storage.host_bytes)
     if config.device == "cuda" and not config.enforce_eager:
         with phase("capture CUDA graphs"):
@@ -117,11 +121,13 @@ def build_engine(
     disk_keys = disk.keys() if disk is not None else None
     allocator = create_allocator(config, num_blocks, disk_keys=disk_keys)
     settings = scheduler_settings(config, copy_block_s=storage.measure_copy_s())
-    scheduler = create_scheduler(allocator, settings)
+    scheduler = create_scheduler(allocator, settings, grammars=grammars)
     launch, thread = create_launch(runner, config)
     core = EngineCore(scheduler, runner, launch=launch, check_integrity=check_integrity)
     report = memory.report()
-    return BuiltEngine(core, checkpoint, config, num_blocks, kernels, report, storage, thread)
+    return BuiltEngine(
+        core, checkpoint, config, num_blocks, kernels, report, storage, thread, grammars
+    )
 
 
 def reads_lengths_on_the_host(kernels: Iterable[KernelReport]) -> bool:
@@ -160,7 +166,12 @@ def create_storage(
     return KVStorage(kv_caches, num_host_blocks=config.num_host_blocks, disk=disk)
 
 
-def create_runner(model: Model, config: ResolvedConfig, storage: KVStorage) -> ModelRunner:
+def create_runner(
+    model: Model,
+    config: ResolvedConfig,
+    storage: KVStorage,
+    grammars: LazyGrammars | None = None,
+) -> ModelRunner:
     """The executor of a model."""
     return ModelRunner(
         model,
@@ -168,6 +179,7 @@ def create_runner(model: Model, config: ResolvedConfig, storage: KVStorage) -> M
         step_limits(config),
         device=config.device,
         num_threads=config.num_threads,
+        grammars=grammars,
     )
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from octavo.config import EngineOptions
 from octavo.core import EngineStats, FinishReason, Request, RequestOptions, SamplingParams
-from octavo.engine.answers import Answer, check_request, fan_out
+from octavo.engine.answers import Answer, check_request, check_shape, fan_out
 from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
 from octavo.engine.interface import DEFAULT_OPTIONS, TextDelta
 from octavo.engine.outputs import CompletionOutput, RequestOutput
@@ -192,6 +192,7 @@ class _Batch:
             max_model_len=config.max_model_len,
             has_text=not isinstance(self._tokenizer, NoTokenizer),
         )
+        check_shape(sampling, config.model.eos_token_ids)
 
     def add(self, request_id: str, prompt: _Prompt, sampling: SamplingParams) -> None:
         """Queue the `n` answers to a prompt that was checked."""

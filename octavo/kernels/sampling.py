@@ -32,6 +32,16 @@ def keep_only(logits: Tensor, row: int, token_ids: Tensor) -> None:
     logits[row, token_ids] = kept
 
 
+def keep_bits(logits: Tensor, rows: Tensor, bits: Tensor) -> None:
+    """Ban what is not in `bits` [R, V / 32] int32 in `rows` [R], in place.
+
+    Bit i % 32 of word i // 32 stands for token i.
+    """
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    kept = (bits[:, :, None] >> places & 1).bool().flatten(1)[:, : logits.shape[-1]]
+    logits[rows] = logits[rows].masked_fill(~kept, NEGATIVE_INFINITY)
+
+
 def penalize(
     row_logits: Tensor,
     prompt_ids: Tensor,

@@ -9,7 +9,7 @@ from msgspec import structs
 from torch import Tensor
 
 from octavo.config.memory_plan import NEW_BLOCKS_WORDS
-from octavo.core import SampledTokens, ScheduledTokens, StepPlan, StepResult
+from octavo.core import Grammars, SampledTokens, ScheduledTokens, StepPlan, StepResult
 from octavo.models import Model
 from octavo.runner.graphs import Recorder, StepGraphs, cuda_recorder
 from octavo.runner.kv_storage import KVStorage
@@ -36,12 +36,13 @@ class ModelRunner:
         *,
         device: str,
         num_threads: int | None = None,
+        grammars: Grammars | None = None,
     ):
         self._storage = storage
         self._limits = limits
         self._num_threads = num_threads
         self._thread: int | None = None  # the one that `num_threads` was last set for
-        self._rows = Rows(limits, device)
+        self._rows = Rows(limits, device, grammars)
         self._stages = Stages(
             model,
             storage.kv_caches,
@@ -105,8 +106,6 @@ class ModelRunner:
         new_blocks = self._rows.update(plan)
         failed, transfer_s = self._storage.transfer(plan.transfers)
         rows = [self._rows[share.sequence_id] for share in plan.scheduled]
-        if self._unread is not None and any(row.shapes_logits for row in rows):
-            self._unread.result()  # penalties count the ids drawn so far
         draws = self._run(lay_out(plan.scheduled, rows), new_blocks) if rows else _nothing
         for share, row in zip(plan.scheduled, rows, strict=True):
             row.num_computed_tokens += share.num_tokens
@@ -138,7 +137,12 @@ class ModelRunner:
         )
         if is_plain:
             return Readback(draw(stages.logits(hidden)), stages.device).wait
-        drawn = sample(stages.logits(hidden), step.draw_rows, draw)
+        logits = stages.logits(hidden)
+        if self._unread is not None and any(row.shapes_logits for row in step.draw_rows):
+            # Penalties and shapes want the ids drawn so far. The device has this step's pass to run
+            # meanwhile.
+            self._unread.result()
+        drawn = sample(logits, step.draw_rows, draw)
         return lambda: drawn
 
     def _send(
@@ -227,6 +231,8 @@ def _take(share: ScheduledTokens, row: Row, drawn: Drawn, places: slice) -> Samp
         row.num_computed_tokens = row.num_tokens - 1
     if token_ids[-1] < 0:
         error = "the model's output was not a finite number"
+        if row.matcher is not None and row.matcher.error:
+            error = row.matcher.error
         return SampledTokens(share.sequence_id, (), error=error)
     reports = [] if drawn.logprobs is None else drawn.logprobs[places][: len(token_ids)]
     logprobs = tuple(report for report in reports if report is not None)

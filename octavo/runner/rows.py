@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.config import ResolvedConfig
-from octavo.core import NewSequence, StepPlan
+from octavo.core import Grammars, Matcher, NewSequence, StepPlan
 from octavo.errors import IntegrityError
 from octavo.kernels import DeviceRows, DrawOptions
 
@@ -53,9 +53,11 @@ class Row:
 
     __slots__ = (
         "index",
+        "matcher",
         "min_num_tokens",
         "num_computed_tokens",
         "num_logprobs",
+        "num_matched_tokens",
         "num_prompt_tokens",
         "num_tokens",
         "sampling",
@@ -65,8 +67,10 @@ class Row:
         "token_ids",
     )
 
-    def __init__(self, new: NewSequence, index: int = 0):
+    def __init__(self, new: NewSequence, index: int = 0, matcher: Matcher | None = None):
         sampling = new.sampling
+        self.matcher = matcher  # of the answer's shape, where it must have one
+        self.num_matched_tokens = new.num_prompt_tokens  # those that the matcher need not see again
         self.index = index  # into the tables of the device
         self.token_ids = list(new.token_ids)
         self.num_tokens = len(self.token_ids)  # with those that were drawn but not read yet
@@ -81,6 +85,7 @@ class Row:
             sampling.has_penalties
             or bool(sampling.logit_bias)
             or sampling.allowed_token_ids is not None
+            or matcher is not None
         )
 
     @property
@@ -95,6 +100,7 @@ class Row:
     def with_tokens(self, token_ids: Sequence[int]) -> "Row":
         """The same sequence as if these were its next tokens."""
         row = copy.copy(self)
+        row.matcher = None if self.matcher is None else self.matcher.copy()
         row.token_ids = [*self.token_ids, *token_ids]
         row.num_tokens = len(row.token_ids)
         return row
@@ -144,8 +150,9 @@ class Rows:
     than there can be sequences belongs to nobody: what fills a batch up points there.
     """
 
-    def __init__(self, limits: StepLimits, device: str):
+    def __init__(self, limits: StepLimits, device: str, grammars: Grammars | None = None):
         self._limits = limits
+        self._grammars = grammars
         self._rows: dict[str, Row] = {}
         self._free = list(range(limits.max_num_seqs - 1, -1, -1))
         self.nobody = limits.max_num_seqs
@@ -184,7 +191,12 @@ class Rows:
             raise IntegrityError(
                 f"more than {self._limits.max_num_seqs} sequences are with the runner"
             )
-        row = Row(new, self._free.pop())
+        shape, matcher = new.sampling.structured_outputs, None
+        if shape is not None:
+            if self._grammars is None:
+                raise IntegrityError("an answer must have a shape, and nobody here knows grammars")
+            matcher = self._grammars.matcher(shape)
+        row = Row(new, self._free.pop(), matcher)
         self._rows[new.sequence_id] = row
         self.options.set(row.index, row)
         return row

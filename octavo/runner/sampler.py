@@ -31,7 +31,7 @@ def sample(logits: Tensor, rows: Rows, draw: Callable[[Tensor], Tensor]) -> Draw
     logits = logits.float()
     wants_logprobs = any(row.num_logprobs is not None for row in rows)
     raw = logits.clone() if wants_logprobs else logits
-    for step in (add_biases_and_masks, add_penalties):
+    for step in (add_biases_and_masks, add_penalties, keep_shapes):
         step(logits, rows)
     token_ids = draw(logits)
     if not wants_logprobs:
@@ -59,6 +59,25 @@ def add_biases_and_masks(logits: Tensor, rows: Rows) -> None:
             torch.tensor(token_ids, device=logits.device),
             torch.tensor(bias, dtype=logits.dtype, device=logits.device),
         )
+
+
+def keep_shapes(logits: Tensor, rows: Rows) -> None:
+    """Only what an answer's shape lets follow. In place; nothing is left where it has an error."""
+    matchers = [(i, row, row.matcher) for i, row in enumerate(rows) if row.matcher is not None]
+    if not matchers:
+        return
+    masks = torch.zeros((len(matchers), -(-logits.shape[-1] // 32)), dtype=torch.int32)
+    for mask, (_, row, matcher) in zip(masks, matchers, strict=True):
+        new_ids = row.token_ids[row.num_matched_tokens :]
+        if new_ids:
+            matcher.accept(new_ids)
+            row.num_matched_tokens += len(new_ids)
+        if not matcher.error:
+            matcher.write_mask(mask.data_ptr(), mask.nbytes)
+        if matcher.error:
+            mask.zero_()
+    index = torch.tensor([i for i, _, _ in matchers])
+    sampling.keep_bits(logits, index.to(logits.device), masks.to(logits.device))
 
 
 def add_penalties(logits: Tensor, rows: Rows) -> None:

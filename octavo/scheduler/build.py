@@ -5,11 +5,11 @@ What serves, what is replayed and what the swarm plays with are all put together
 
 from dataclasses import dataclass
 
-from octavo.core import Clock, SystemClock
+from octavo.core import Clock, Grammars, SystemClock
 from octavo.kvcache import Allocator
 from octavo.scheduler.admission import PrefillSpeed, QueueBounds
 from octavo.scheduler.batching import create_batching
-from octavo.scheduler.constraints import Blocks, SequenceSlots, TokenBudget
+from octavo.scheduler.constraints import Blocks, GrammarReadiness, SequenceSlots, TokenBudget
 from octavo.scheduler.preemption import Preemption, TransferSpeed
 from octavo.scheduler.queues import create_queue
 from octavo.scheduler.scheduler import Scheduler
@@ -37,9 +37,16 @@ class SchedulerSettings:
 
 
 def create_scheduler(
-    allocator: Allocator, settings: SchedulerSettings, *, clock: Clock | None = None
+    allocator: Allocator,
+    settings: SchedulerSettings,
+    *,
+    clock: Clock | None = None,
+    grammars: Grammars | None = None,
 ) -> Scheduler:
-    """The scheduler with the constraints that every engine has."""
+    """The scheduler with the constraints that every engine has.
+
+    grammars: what compiles the shapes of answers, where a model has text at all.
+    """
     clock = clock or SystemClock()
     speed = PrefillSpeed()
     return Scheduler(
@@ -47,6 +54,7 @@ def create_scheduler(
         [
             TokenBudget(settings.max_num_batched_tokens),
             SequenceSlots(settings.max_num_seqs),
+            *([] if grammars is None else [GrammarReadiness(grammars)]),
             Blocks(allocator),
         ],
         max_model_len=settings.max_model_len,

@@ -9,7 +9,7 @@ waits.
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
-from octavo.core import WAITING, Sequence
+from octavo.core import WAITING, Grammars, Sequence
 from octavo.kvcache import Allocator
 
 
@@ -19,6 +19,7 @@ class Constraint(Protocol):
     name: str
     preempts: bool  # a running sequence bound by this limit may push a younger one out
     binds_running: bool  # False: only those are asked about and noted that are to be admitted
+    stands_aside: bool  # a waiting sequence bound by this lets those behind it pass
 
     def begin_step(self, running: SequenceOf[Sequence]) -> None:
         """Forget what the last step used; these run as this one begins."""
@@ -56,6 +57,7 @@ class TokenBudget:
     name = "tokens"
     preempts = False
     binds_running = True
+    stands_aside = False
 
     def __init__(self, max_num_batched_tokens: int):
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -83,6 +85,7 @@ class SequenceSlots:
     name = "sequences"
     preempts = False
     binds_running = False
+    stands_aside = False
 
     def __init__(self, max_num_seqs: int):
         self.max_num_seqs = max_num_seqs
@@ -106,6 +109,34 @@ class SequenceSlots:
         return f"all {self.max_num_seqs} places are taken; {next_end(self._running)}"
 
 
+class GrammarReadiness:
+    """The grammar of an answer's shape must have been compiled, which other threads do."""
+
+    name = "grammar"
+    preempts = False
+    binds_running = False
+    stands_aside = True
+
+    def __init__(self, grammars: Grammars):
+        self._grammars = grammars
+
+    def begin_step(self, running: SequenceOf[Sequence]) -> None:
+        pass
+
+    def allow(self, sequence: Sequence, num_tokens: int) -> int:
+        shape = sequence.request.sampling.structured_outputs
+        return num_tokens if shape is None or self._grammars.is_ready(shape) else 0
+
+    def take(self, sequence: Sequence, num_tokens: int) -> None:
+        pass
+
+    def release(self, sequence: Sequence) -> None:
+        pass
+
+    def explain(self, sequence: Sequence) -> str:
+        return "the grammar of its answer's shape is being compiled"
+
+
 class Blocks:
     """The KV pool must hold all tokens that a sequence knows, or none of it runs.
 
@@ -117,6 +148,7 @@ class Blocks:
     name = "blocks"
     preempts = True
     binds_running = True
+    stands_aside = False
 
     def __init__(self, allocator: Allocator):
         self._allocator = allocator

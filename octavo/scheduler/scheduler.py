@@ -172,6 +172,7 @@ class Scheduler:
         nothing_runs = not (step.scheduled or any(f.plan.scheduled for f in self._in_flight))
         if self._running and nothing_runs:
             step.make_room()
+        self._waiting.release(step.aside)
         now_s = self._clock.now()
         for sequence in step.admitted:
             sequence.first_scheduled_s = min(sequence.first_scheduled_s, now_s)

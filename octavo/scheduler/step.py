@@ -34,6 +34,7 @@ class StepBuilder:
         self.scheduled: list[ScheduledTokens] = []
         self.admitted: list[Sequence] = []
         self.preempted: list[Sequence] = []
+        self.aside: list[Sequence] = []  # they let others pass, and wait again after this step
         self.stopped_by: str | None = None  # why admission ended, where somebody still waits
         self._allocator = allocator
         self._constraints = constraints
@@ -83,7 +84,9 @@ class StepBuilder:
         """Admit waiting sequences in the policy's order until one does not fit."""
         while (sequence := self.waiting.head()) is not None:
             # What was pushed out a moment ago must not come straight back.
-            if sequence in self.preempted or not self._try_to_admit(sequence):
+            if sequence in self.preempted:
+                return
+            if not self._try_to_admit(sequence) and sequence not in self.aside:
                 return
 
     def make_room(self) -> None:
@@ -92,6 +95,8 @@ class StepBuilder:
         Beams that wait for each other are such: without this they could wait forever.
         """
         while (sequence := self.waiting.head()) is not None and not self._try_to_admit(sequence):
+            if sequence in self.aside:
+                continue
             if not self.running:
                 return
             self._preempt(self._victim(), "idle")
@@ -110,6 +115,10 @@ class StepBuilder:
             self._log.waits(sequence.id, limit.name, lambda: limit.explain(sequence))
         self._allocator.stop(sequence)
         sequence.num_computed_tokens = 0
+        if bound_by is not None and bound_by.stands_aside:
+            self._room.remove(sequence)
+            self._room.hold(sequence)
+            self.aside.append(sequence)
         return False
 
     def _admit(self, sequence: Sequence, num_tokens: int) -> None:

@@ -28,6 +28,8 @@ class Tally:
     num_prompt_tokens: int
     num_tokens: int = 0
     num_cached_tokens: int = 0  # of the prompt
+    queue_time_s: float = 0.0  # this and the next as the engine measured them
+    prefill_time_s: float = 0.0
     first_token_s: float = 0.0
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
@@ -60,23 +62,24 @@ class Answers:
         self.num_per_prompt = sampling.n
         self.tallies = [Tally(len(p.token_ids)) for p in prompts for _ in range(sampling.n)]
         self._engine = engine
-        self._sampling = sampling
+        self.sampling = sampling
         self._options = options
-        self._response_id = response_id
+        self.response_id = response_id
         self._metrics = metrics
-        self._arrival_s = arrival_s
+        self.arrival_s = arrival_s
         self._max_unread_deltas = max_unread_deltas
         self._tasks: list[asyncio.Task[None]] = []
         self._num_pumping = len(prompts)
         self._num_silent = len(prompts)  # of which the engine has said nothing yet
         self._unread: Batch = []
-        self._error: Exception | None = None
-        self._news = asyncio.Event()  # for the consumer: something came, ended or failed
+        self.error: Exception | None = None  # the first, if any: nothing goes on after it
+        self._news: asyncio.Future[None] | None = None  # the consumer waits for: see `_tell`
         self._room = asyncio.Event()  # for the pumps: the consumer has emptied the buffer
 
     @asynccontextmanager
     async def running(self, receive: Receive) -> AsyncIterator[None]:
         """Generate inside the block; leaving it, in whatever way, frees what the engine holds."""
+        self._loop = asyncio.get_running_loop()
         self._tasks = [asyncio.create_task(self._pump(i)) for i in range(len(self.prompts))]
         self._tasks.append(asyncio.create_task(self._watch(receive)))
         try:
@@ -88,7 +91,7 @@ class Answers:
 
     def _close_books(self) -> None:
         """Give a reason to the answers that the engine has not ended, unless it never took them."""
-        match self._error:
+        match self.error:
             case ClientDisconnected():
                 reason = FinishReason.ABORT
             case RequestError() | OverloadedError():
@@ -112,17 +115,16 @@ class Answers:
         Who goes away before the first token pays for the prompt: it may have been computed.
         """
         num_prompt_tokens, num_tokens = self.num_tokens
-        if num_tokens or not isinstance(self._error, (RequestError, OverloadedError)):
+        if num_tokens or not isinstance(self.error, (RequestError, OverloadedError)):
             num_tokens += num_prompt_tokens
         return num_tokens
 
     async def first(self) -> None:
         """Wait until the engine has taken every prompt; raises its refusal where it has not."""
-        while self._num_silent and self._error is None:
-            self._news.clear()
-            await self._news.wait()
-        if self._error is not None:
-            raise self._error
+        while self._num_silent and self.error is None:
+            await self._wait_for_news()
+        if self.error is not None:
+            raise self.error
 
     async def batches(self) -> AsyncIterator[Batch]:
         """Whatever has come since the last batch, until all answers have ended."""
@@ -131,13 +133,22 @@ class Answers:
                 batch, self._unread = self._unread, []
                 self._room.set()
                 yield batch
-            elif self._error is not None:
-                raise self._error
+            elif self.error is not None:
+                raise self.error
             elif self._num_pumping == 0:
                 return
             else:
-                self._news.clear()
-                await self._news.wait()
+                await self._wait_for_news()
+
+    async def _wait_for_news(self) -> None:
+        # No asyncio.Event: it asks which loop runs at every wait, on Python 3.11 a system call.
+        self._news = self._loop.create_future()
+        await self._news
+
+    def _tell(self) -> None:
+        """Wake the consumer: something came, ended or failed."""
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
 
     async def _pump(self, prompt_index: int) -> None:
         offset = prompt_index * self.num_per_prompt
@@ -150,7 +161,7 @@ class Answers:
                         self._num_silent -= 1
                     self._note(self.tallies[offset + delta.index], delta)
                     self._unread.append((offset + delta.index, delta))
-                    self._news.set()
+                    self._tell()
                     if len(self._unread) >= self._max_unread_deltas:
                         self._room.clear()
                         await self._room.wait()
@@ -164,12 +175,12 @@ class Answers:
         except Exception as error:  # whatever it is, the consumer must hear of it
             self._fail(error)
         self._num_pumping -= 1
-        self._news.set()
+        self._tell()
 
     def _deltas(self, prompt_index: int) -> AsyncGenerator[TextDelta, None]:
-        request_id = f"{self._response_id}-{prompt_index}"
+        request_id = f"{self.response_id}-{prompt_index}"
         token_ids = self.prompts[prompt_index].token_ids
-        deltas = self._engine.generate(request_id, token_ids, self._sampling, self._options)
+        deltas = self._engine.generate(request_id, token_ids, self.sampling, self._options)
         return cast("AsyncGenerator[TextDelta, None]", deltas)  # "closing the iterator aborts"
 
     def _of_prompt(self, prompt_index: int) -> list[Tally]:
@@ -183,8 +194,7 @@ class Answers:
                 gap_s = (now - tally.last_token_s) / len(delta.token_ids)
                 self._metrics.inter_token_latency.observe(gap_s)
             else:
-                self._note_first(delta, now - self._arrival_s)
-                tally.first_token_s = now
+                self._note_first(tally, delta, now)
             tally.last_token_s = now
             tally.num_tokens += len(delta.token_ids)
             tally.num_cached_tokens += delta.num_cached_tokens
@@ -195,9 +205,11 @@ class Answers:
             if delta.finish_reason is FinishReason.ABORT:
                 raise _cancelled()
 
-    def _note_first(self, delta: TextDelta, ttft_s: float) -> None:
+    def _note_first(self, tally: Tally, delta: TextDelta, now_s: float) -> None:
+        tally.first_token_s = now_s
+        tally.queue_time_s, tally.prefill_time_s = delta.queue_time_s, delta.prefill_time_s
         metrics = self._metrics
-        metrics.time_to_first_token.observe(ttft_s)
+        metrics.time_to_first_token.observe(now_s - self.arrival_s)
         metrics.request_queue_time.observe(delta.queue_time_s)
         metrics.request_prefill_time.observe(delta.prefill_time_s)
 
@@ -205,7 +217,7 @@ class Answers:
         tally.finish_reason = reason
         metrics = self._metrics
         metrics.request_success.labels(reason.value).inc()
-        metrics.e2e_request_latency.observe(time.monotonic() - self._arrival_s)
+        metrics.e2e_request_latency.observe(time.monotonic() - self.arrival_s)
         metrics.request_prompt_tokens.observe(tally.num_prompt_tokens)
         metrics.request_generation_tokens.observe(tally.num_tokens)
         if tally.num_tokens:
@@ -218,8 +230,8 @@ class Answers:
 
     def _fail(self, error: Exception) -> None:
         """The first failure is the request's; nothing of it goes on."""
-        self._error = self._error or error
-        self._news.set()
+        self.error = self.error or error
+        self._tell()
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()

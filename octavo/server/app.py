@@ -19,18 +19,21 @@ from starlette.exceptions import HTTPException
 from octavo.engine import ServingEngine
 from octavo.errors import OctavoError
 from octavo.server.config import ServerConfig
+from octavo.server.costs import CostBook, Prices
 from octavo.server.errors import ClientDisconnected, HttpError, handle_error
 from octavo.server.keys import KeyRing, Scope
 from octavo.server.limits import Limits
 from octavo.server.metrics import ServerMetrics
-from octavo.server.middleware import Books, Gate, guard
+from octavo.server.middleware import Books, Gate, Watched, Watcher, guard
 from octavo.server.routes_kserve import KServeRoutes
 from octavo.server.routes_openai import OpenAIRoutes
 from octavo.server.routes_ops import OpsRoutes
 from octavo.server.routes_pages import PageRoutes
+from octavo.server.routes_responses import ResponsesRoutes
 from octavo.server.routes_tgi import TGIRoutes
 from octavo.server.routes_tokenize import TokenizeRoutes
 from octavo.server.state import Route, ServerState
+from octavo.server.tracing import RequestTracer
 
 Lifespan = Callable[[], AbstractAsyncContextManager[object]]
 
@@ -46,15 +49,21 @@ def create_app(
     """
     state = ServerState(engine, config, Limits.of(config), ServerMetrics(engine), KeyRing(config))
 
+    endpoint = config.otlp_traces_endpoint
+    tracer = None if endpoint is None else RequestTracer.to(endpoint)
+
     @asynccontextmanager
     async def run(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            if tracer is not None:
+                stack.push_async_callback(tracer.close)
             try:
                 await stack.enter_async_context(lifespan())
             except Exception as error:
                 state.startup_error = error
                 raise
             yield
+            await state.background.close()
             state.keys.usage.save()
 
     app = FastAPI(
@@ -76,6 +85,13 @@ def create_app(
     for kind in (OctavoError, HttpError, ClientDisconnected, HTTPException):
         app.add_exception_handler(kind, handle_error)
     app.add_middleware(Gate, state=state, public=frozenset(public))
+    watchers: list[Watcher] = [] if tracer is None else [tracer.watch]
+    if config.cost_file is not None:
+        costs = CostBook(Prices.read(config.cost_file))
+        state.metrics.register(costs)
+        watchers.append(costs.watch)
+    if watchers:
+        app.add_middleware(Watched, watchers=watchers)
     app.add_middleware(Books, state=state, labels=labels)  # added last, so it is the outermost
     return app
 
@@ -84,6 +100,7 @@ def route_table(state: ServerState) -> dict[str, list[Route]]:
     """All routes, by the name of the surface that they belong to."""
     table = {
         "OpenAI": OpenAIRoutes(state).routes(),
+        "Responses": ResponsesRoutes(state).routes(),
         "Tokens": TokenizeRoutes(state).routes(),
         "Text Generation Inference": TGIRoutes(state).routes(),
         "KServe and Triton": KServeRoutes(state).routes(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from octavo.core import SamplingParams
+from octavo.core import SamplingParams, StructuredOutputsParams
 from octavo.errors import RequestError
 from octavo.server import reasoning, tool_parsers
 from octavo.server.chat_parser import ChatParser
@@ -18,7 +18,7 @@ from octavo.server.config import ServerConfig
 from octavo.server.errors import bad_request
 from octavo.server.prompts import Prompt
 from octavo.server.reasoning import ThinkParser
-from octavo.server.tool_parsers import TOOL_PARSERS, ToolParser
+from octavo.server.tool_parsers import TOOL_PARSERS, JsonParser, ToolParser
 from octavo.server.tools import OfferedTools
 from octavo.text import Tokenizer
 
@@ -69,6 +69,8 @@ class ChatStyle:
     ) -> Callable[[], ChatParser] | None:
         """Makes a parser for each answer to a prompt; None where answers are only text."""
         find, splits = self.tool_parser, self.splits_reasoning
+        if tools is not None and tools.schema is not None:
+            find = JsonParser  # whatever the model's own form of a call is
         if tools is None and not splits:
             return None
         opened = splits and self._is_opened(prompt)
@@ -92,6 +94,20 @@ class ChatStyle:
                 param="tools",
                 code="unsupported_parameter",
             )
+
+    def shaped(
+        self, sampling: SamplingParams, tools: OfferedTools | None, prompt: Prompt
+    ) -> SamplingParams:
+        """The same, but with the shape of a call that is forced; reasoning comes before a shape."""
+        shape = sampling.structured_outputs
+        if tools is not None and tools.schema is not None:
+            if shape is not None:
+                message = "tool_choice forces a call: there can be no other shape of the answer"
+                raise bad_request(message, param="tool_choice")
+            shape = StructuredOutputsParams(json=dict(tools.schema))
+        if shape is not None and self.splits_reasoning and self._is_opened(prompt):
+            shape = msgspec.structs.replace(shape, after=reasoning.CLOSE)
+        return msgspec.structs.replace(sampling, structured_outputs=shape)
 
     def _is_opened(self, prompt: Prompt) -> bool:
         """Whether the template has written the opening tag itself."""

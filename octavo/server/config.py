@@ -65,6 +65,13 @@ class ServerConfig:
     max_prompts: int = field(
         default=1024, metadata={"help": "prompts that one completions request may hold"}
     )
+    max_stored_responses: int = field(
+        default=1000,
+        metadata={
+            "help": "responses of /v1/responses kept in memory to be asked for again; oldest go "
+            "first, 0 keeps none"
+        },
+    )
     read_timeout_s: float = field(
         default=30.0, metadata={"help": "seconds a client has to send its headers, then its body"}
     )
@@ -90,6 +97,20 @@ class ServerConfig:
             "help": "what becomes of an engine that is stuck for twice that time: exit ends all "
             "streams with an error and the server with status 1; log only tells",
             "choices": ("exit", "log"),
+        },
+    )
+    otlp_traces_endpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "URL to which traces are sent by OTLP over HTTP, such as "
+            "http://127.0.0.1:4318/v1/traces; needs the extra octavo[otel]"
+        },
+    )
+    cost_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "TOML file of what the machine costs, by GPU-hour or by joule; /metrics then "
+            "tells the cost by tenant and phase"
         },
     )
     log_format: str = field(
@@ -137,8 +158,18 @@ class ServerConfig:
             raise ConfigError(
                 f"reasoning_parser must be auto, think or off, got {self.reasoning_parser!r}"
             )
+        endpoint = self.otlp_traces_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"otlp_traces_endpoint must be an http or https URL, got {endpoint!r}: traces go "
+                "by OTLP over HTTP, for which collectors listen on port 4318"
+            )
         if self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s must not be negative, got {self.drain_timeout_s}")
+        if self.max_stored_responses < 0:
+            raise ConfigError(
+                f"max_stored_responses must not be negative, got {self.max_stored_responses}"
+            )
         positive = {
             "max_request_bytes": self.max_request_bytes,
             "max_prompts": self.max_prompts,

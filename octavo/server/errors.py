@@ -24,6 +24,8 @@ from octavo.server.allowance import AllowanceError
 
 logger = logging.getLogger(__name__)
 
+_MAX_MESSAGE_CHARS = 500
+
 
 @dataclass(frozen=True)
 class ErrorReply:
@@ -39,7 +41,7 @@ class ErrorReply:
     def body(self, **beside: str) -> bytes:
         """The JSON of OpenAI's error object, and what else stands beside it."""
         error = {
-            "message": self.message,
+            "message": _shortened(self.message),
             "type": self.type,
             "param": self.param,
             "code": self.code,
@@ -49,6 +51,11 @@ class ErrorReply:
     def response(self) -> Response:
         """The whole HTTP response."""
         return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+def _shortened(message: str) -> str:
+    """Clients' own words may be in it, and they may be of any length."""
+    return message if len(message) <= _MAX_MESSAGE_CHARS else f"{message[:_MAX_MESSAGE_CHARS]}..."
 
 
 class HttpError(Exception):

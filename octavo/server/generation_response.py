@@ -6,6 +6,7 @@ their status; after that a failure is an event in the stream. Knows no shape.
 
 import asyncio
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import orjson
 from starlette.responses import Response
@@ -14,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 from octavo.engine import TextDelta
 from octavo.server.allowance import Reservation
 from octavo.server.answers import Answers
-from octavo.server.errors import ClientDisconnected, ErrorReply, log_failure, reply_to, unavailable
-from octavo.server.openai_shape import DONE, Piece, Shape
+from octavo.server.errors import ClientDisconnected, log_failure, reply_to, unavailable
+from octavo.server.openai_shape import Piece, Shape
 
 _EVENT_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -48,8 +49,12 @@ class GenerationResponse(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reservation = self._reserve()
+        scope["octavo.model"] = self._shape.options.model  # for traces
         try:
-            await self._run(scope, receive, send)
+            with ExitStack() as watching:
+                for watch in scope.get("octavo.watchers", ()):
+                    watching.enter_context(watch(scope, self._answers))
+                await self._run(scope, receive, send)
         finally:
             reservation.settle(self._answers.num_used_tokens)
             scope["octavo.num_tokens"] = self._answers.num_tokens  # for the log
@@ -88,17 +93,13 @@ class GenerationResponse(Response):
             log_failure(error, request_id)
             return
         except asyncio.CancelledError:  # the server's drain time is over; so is this task, anyway
-            last = _error_event(_SHUTTING_DOWN)
+            last = self._shape.failure(_SHUTTING_DOWN)
         except Exception as error:
             log_failure(error, request_id)
-            last = _error_event(reply_to(error))
+            last = self._shape.failure(reply_to(error))
         await _write(send, last, more=False)
 
 
 async def _write(send: Send, frames: bytes, *, more: bool = True) -> None:
     if frames or not more:
         await send({"type": "http.response.body", "body": frames, "more_body": more})
-
-
-def _error_event(reply: ErrorReply) -> bytes:
-    return b"data: " + reply.body() + b"\n\n" + DONE

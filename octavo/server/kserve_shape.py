@@ -22,7 +22,6 @@ class KServeShape(Shape):
     """
 
     id_prefix = "infer-"
-    object = chunk_object = TEXT_OUTPUT
 
     def __init__(
         self,
@@ -38,38 +37,25 @@ class KServeShape(Shape):
         self._exclude_input = exclude_input
         self._as_tensors = as_tensors
 
-    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        """One finished answer."""
-        prompt = "" if self._exclude_input else self.prompt_of(index).text or ""
-        return {TEXT_OUTPUT: prompt + piece.text}
-
-    def chunk_choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        """A piece of one answer."""
-        return {TEXT_OUTPUT: piece.text}
-
     def response(self, pieces: Sequence[Piece], tallies: Sequence[Tally]) -> dict[str, Any]:
         """The whole response, without streaming."""
-        texts = [self.choice(i, piece)[TEXT_OUTPUT] for i, piece in enumerate(pieces)]
+        texts = [self._text(index, piece) for index, piece in enumerate(pieces)]
         if not self._as_tensors:
-            return self._head(self.object) | {TEXT_OUTPUT: texts[0]}
+            return self._head() | {TEXT_OUTPUT: texts[0]}
         tensor = {"name": TEXT_OUTPUT, "datatype": "BYTES", "shape": [len(texts)], "data": texts}
-        return self._head(self.object) | {"outputs": [tensor]}
+        return self._head() | {"outputs": [tensor]}
 
-    def opening(self) -> bytes:
-        """Nothing comes before the first text."""
-        return b""
+    def _text(self, index: int, piece: Piece) -> str:
+        prompt = "" if self._exclude_input else self.prompt_of(index).text or ""
+        return prompt + piece.text
 
     def frames(self, batch: Batch) -> bytes:
         """An event for each piece of text."""
         return b"".join(self._event(delta) for _, delta in batch if delta.text)
 
     def _event(self, delta: TextDelta) -> bytes:
-        return sse(self._head(self.object) | {TEXT_OUTPUT: delta.text})
+        return sse(self._head() | {TEXT_OUTPUT: delta.text})
 
-    def closing(self, tallies: Sequence[Tally]) -> bytes:
-        """Nothing comes after the last text."""
-        return b""
-
-    def _head(self, kind: str) -> dict[str, Any]:
+    def _head(self) -> dict[str, Any]:
         head = {"model_name": self.options.model, "model_version": MODEL_VERSION}
         return head if self._request_id is None else head | {"id": self._request_id}

@@ -22,6 +22,8 @@ class Limits:
     read_timeout_s: float
     write_timeout_s: float
     max_prompts: int
+    max_stored_responses: int
+    max_stored_bytes: int = 256 * 2**20  # of responses, as JSON, with the conversations before them
     max_choices: int = 4096  # prompts times n
     max_logit_bias_bytes: int = 64 * 2**10  # as JSON: some 4,000 entries
     max_listed_token_ids: int = 2**18  # in stop_token_ids and allowed_token_ids
@@ -44,6 +46,7 @@ class Limits:
             read_timeout_s=config.read_timeout_s,
             write_timeout_s=config.write_timeout_s,
             max_prompts=config.max_prompts,
+            max_stored_responses=config.max_stored_responses,
         )
 
     def max_prompt_chars(self, max_model_len: int) -> int:

@@ -82,6 +82,10 @@ class ServerMetrics:
         """From now on, tell how it stands with the engine; asked at every scrape."""
         self._registry.register(_StateMetric(ask))
 
+    def register(self, collector: Collector) -> None:
+        """Export what this one tells, too; asked at every scrape."""
+        self._registry.register(collector)
+
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)

@@ -7,7 +7,8 @@ import logging
 import string
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -15,11 +16,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from octavo.engine.logs import REQUEST_ID
+from octavo.server.answers import Answers
 from octavo.server.errors import ErrorReply, HttpError, log_failure, reply_to, unavailable
 from octavo.server.keys import ApiKey
 from octavo.server.keys import Scope as KeyScope
 from octavo.server.limits import MAX_HEADERS, MAX_REQUEST_ID_CHARS
 from octavo.server.state import Handler, ServerState, key_of
+
+Watcher = Callable[[Scope, Answers], AbstractContextManager[None]]
 
 access_log = logging.getLogger("octavo.server.access")
 
@@ -89,6 +93,21 @@ class Books:
             facts,
             extra=facts,
         )
+
+
+class Watched:
+    """Lets those who watch requests that generate, for traces or costs, come to each of them.
+
+    Added only where somebody does. A response that outlives its request takes them along.
+    """
+
+    def __init__(self, app: ASGIApp, watchers: Sequence[Watcher]):
+        self._app = app
+        self._watchers = watchers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["octavo.watchers"] = self._watchers
+        await self._app(scope, receive, send)
 
 
 def _request_id(offered: str | None) -> str:

@@ -20,10 +20,10 @@ from octavo.server.chat_events import (
 )
 from octavo.server.chat_parser import ChatParser
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.openai_shape import MARK, Piece, Shape, ShapeOptions, ending, sse
+from octavo.server.openai_shape import MARK, ChoiceShape, Piece, ShapeOptions, ending, sse
 
 
-class ChatShape(Shape):
+class ChatShape(ChoiceShape):
     """A response of object `chat.completion`."""
 
     id_prefix = "chatcmpl-"

@@ -3,10 +3,10 @@
 from typing import Any
 
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.openai_shape import Piece, Shape, ShapeOptions, ending, sse
+from octavo.server.openai_shape import ChoiceShape, Piece, ShapeOptions, ending, sse
 
 
-class CompletionShape(Shape):
+class CompletionShape(ChoiceShape):
     """A response of object `text_completion`; a chunk has the same object."""
 
     id_prefix = "cmpl-"

@@ -1,7 +1,7 @@
-"""What the shapes of completions and chat completions share: heads, usage, frames of a stream.
+"""The shape of a response, whatever the surface, and what OpenAI's two kinds of completions share.
 
-A subclass says how one choice looks, whole and as a piece; this class makes responses and chunks.
-Knows no engine and no sockets.
+`Shape` is all that a response needs to be sent. Of a `ChoiceShape` a subclass says how one choice
+looks, whole and as a piece; the class makes responses and chunks. Knows no engine and no sockets.
 """
 
 import time
@@ -16,6 +16,7 @@ import orjson
 from octavo.core import FinishReason, TokenLogprobs
 from octavo.engine import TextDelta
 from octavo.server.answers import Batch, Tally
+from octavo.server.errors import ErrorReply
 from octavo.server.openai_logprobs import LogprobShaper
 from octavo.server.prompts import Prompt
 
@@ -67,17 +68,49 @@ def sse(payload: Any) -> bytes:
 
 
 class Shape(ABC):
-    """One response, as JSON or as a stream of chunks."""
+    """One response, as one JSON document or as a stream of events."""
 
     id_prefix: str
-    object: str
-    chunk_object: str
 
     def __init__(self, options: ShapeOptions, logprobs: LogprobShaper):
         self.id = self.id_prefix + uuid.uuid4().hex
         self.options = options
         self.logprobs = logprobs
         self._created = int(time.time())
+
+    @abstractmethod
+    def response(self, pieces: Sequence[Piece], tallies: Sequence[Tally]) -> dict[str, Any]:
+        """The whole response, without streaming."""
+
+    @abstractmethod
+    def frames(self, batch: Batch) -> bytes:
+        """The frames of all deltas that are ready."""
+
+    def opening(self) -> bytes:
+        """The frames before the first text."""
+        return b""
+
+    def closing(self, tallies: Sequence[Tally]) -> bytes:
+        """The frames after the last text."""
+        return b""
+
+    def failure(self, reply: ErrorReply) -> bytes:
+        """The frames of a stream that fails after it has begun: its last ones."""
+        return b"data: " + reply.body() + b"\n\n" + DONE
+
+    def prompt_of(self, index: int) -> Prompt:
+        """The prompt that a choice answers."""
+        return self.options.prompts[index // self.options.num_per_prompt]
+
+
+class ChoiceShape(Shape):
+    """One response that is a list of choices, or a stream of chunks of them."""
+
+    object: str
+    chunk_object: str
+
+    def __init__(self, options: ShapeOptions, logprobs: LogprobShaper):
+        super().__init__(options, logprobs)
         self._plain = not (options.with_logprobs or options.return_token_ids)
         self._templates: dict[int, tuple[bytes, bytes]] = {}
 
@@ -88,10 +121,6 @@ class Shape(ABC):
     @abstractmethod
     def chunk_choice(self, index: int, piece: Piece) -> dict[str, Any]:
         """A piece of one answer."""
-
-    @abstractmethod
-    def opening(self) -> bytes:
-        """The frames before the first text."""
 
     def response(self, pieces: Sequence[Piece], tallies: Sequence[Tally]) -> dict[str, Any]:
         """The whole response, without streaming."""
@@ -139,10 +168,6 @@ class Shape(ABC):
         if self.options.include_usage:
             chunk["usage"] = None
         return chunk
-
-    def prompt_of(self, index: int) -> Prompt:
-        """The prompt that a choice answers."""
-        return self.options.prompts[index // self.options.num_per_prompt]
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {

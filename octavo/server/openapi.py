@@ -17,6 +17,7 @@ import msgspec
 from octavo.core import RequestOptions, SamplingParams
 from octavo.server.keys import Scope
 from octavo.server.protocol import ChatRequest, CompletionRequest, SamplingFields
+from octavo.server.responses_protocol import ResponsesRequest
 from octavo.server.routes_kserve import GenerateRequest as KServeRequest
 from octavo.server.routes_kserve import InferRequest
 from octavo.server.routes_tgi import GenerateRequest as TGIRequest
@@ -35,6 +36,7 @@ EXAMPLES: dict[type[msgspec.Struct], Mapping[str, object]] = {
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
         "temperature": 0,
     },
+    ResponsesRequest: {"input": "What is the capital of France?", "temperature": 0},
     TokenizeRequest: {"prompt": "The capital of France is"},
     DetokenizeRequest: {"tokens": [72, 101, 108, 108, 111]},
     TGIRequest: {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 16}},
@@ -200,5 +202,8 @@ def field_meanings(struct: type[msgspec.Struct]) -> dict[str, str]:
 
 
 _MEANINGS = field_meanings(SamplingParams) | field_meanings(RequestOptions)
-_SAMPLING, _OPTIONS = msgspec.json.schema_components([SamplingParams, RequestOptions])[1].values()
+_COMPONENTS = msgspec.json.schema_components(
+    [SamplingParams, RequestOptions], ref_template="#/components/schemas/{name}"
+)[1]
+_SAMPLING, _OPTIONS = _COMPONENTS["SamplingParams"], _COMPONENTS["RequestOptions"]
 _KNOWN_FIELDS: dict[str, Schema] = _SAMPLING["properties"] | _OPTIONS["properties"]

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import msgspec
 
-from octavo.core import SamplingParams
+from octavo.core import SamplingParams, StructuredOutputsParams
+from octavo.server.answer_shape import ResponseFormat, answer_shape
 from octavo.server.body import decode
 from octavo.server.errors import bad_request
 from octavo.server.limits import Limits
@@ -48,6 +49,8 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     min_tokens: int | None = None
     logit_bias: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     allowed_token_ids: list[int] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     use_beam_search: bool | None = None
@@ -161,16 +164,13 @@ class ChatRequest(SamplingFields, kw_only=True):
 
 Neutral = tuple[object, ...]  # JSON values that ask for nothing; null always is one
 
+# vLLM's old names, and other servers'.
+_OTHER_NAMES_OF_SHAPES = (
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("regex", "json_schema", "ebnf"),
+)
 _REFUSED: dict[str, Neutral] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "regex": (),
-    "json_schema": (),
-    "ebnf": (),
+    **dict.fromkeys(_OTHER_NAMES_OF_SHAPES, ()),
     "bad_words": ([],),
     "prompt_logprobs": (),
     "prompt_embeds": (),
@@ -229,8 +229,13 @@ class Refusals:
         for name, neutral in self._refused.items():
             raw = bytes(values[name])
             if raw and not _is_neutral(raw, neutral):
+                remedy = (
+                    "; use structured_outputs, or response_format"
+                    if name in _OTHER_NAMES_OF_SHAPES
+                    else ""
+                )
                 raise bad_request(
-                    f"{name} is not supported", param=name, code="unsupported_parameter"
+                    f"{name} is not supported{remedy}", param=name, code="unsupported_parameter"
                 )
         if len(body) <= limits.max_inspected_bytes:
             self._log_unknown(body)
@@ -311,6 +316,8 @@ def sampling_params(
         if len(given.get(name, ())) > limits.max_listed_token_ids:
             raise bad_request(f"{name} has too many entries", param=name)
     logit_bias = _logit_bias(fields.logit_bias, limits)
+    shape = answer_shape(fields.response_format, fields.structured_outputs, limits)
+    given["structured_outputs"] = shape
     return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=logit_bias, **given)
 
 

@@ -127,6 +127,7 @@ class OpenAIRoutes:
                     fields.chat_template_kwargs, definitions, state.limits
                 ),
             )
+            sampling = self._chat_style.shaped(sampling, tools, prompt)
             prompts = truncated(
                 [prompt], fields.truncate_prompt_tokens, room=_room(sampling, state)
             )

@@ -3,11 +3,13 @@
 What `huggingface_hub.InferenceClient` speaks to a server of one's own. Knows no engine.
 """
 
+from typing import Any
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.core import RequestOptions, SamplingParams
+from octavo.core import RequestOptions, SamplingParams, StructuredOutputsParams
 from octavo.server.body import decode, read_json
 from octavo.server.errors import bad_request
 from octavo.server.generation import generate, shape_options
@@ -19,6 +21,13 @@ from octavo.server.state import EVENTS, JSON, Route, ServerState
 from octavo.server.tgi_shape import TGIShape
 
 DEFAULT_NEW_TOKENS = 100  # TGI's, since its version 2
+
+
+class Grammar(msgspec.Struct):
+    """The shape of the answer: type is json, with a schema as value, or regex."""
+
+    type: str
+    value: Any = None
 
 
 class Parameters(msgspec.Struct, kw_only=True):
@@ -41,7 +50,7 @@ class Parameters(msgspec.Struct, kw_only=True):
     decoder_input_details: bool = False
     seed: int | None = None
     top_n_tokens: int | None = None
-    grammar: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
+    grammar: Grammar | None = None
     adapter_id: str | None = None
 
 
@@ -140,6 +149,7 @@ def _sampling(parameters: Parameters) -> SamplingParams:
         temperature=temperature if draws else 0.0,
         max_tokens=DEFAULT_NEW_TOKENS if max_tokens is None else max_tokens,
         logprobs=0 if parameters.details else None,
+        structured_outputs=_shape(parameters.grammar),
         **given,
     )
 
@@ -158,8 +168,17 @@ def _refuse_unsupported(parameters: Parameters) -> None:
     for name, values in neutral.items():
         if getattr(parameters, name) not in values:
             raise _unsupported(name)
-    if bytes(parameters.grammar) not in (b"", b"null"):
-        raise _unsupported("grammar")
+
+
+def _shape(grammar: Grammar | None) -> StructuredOutputsParams | None:
+    if grammar is None:
+        return None
+    if grammar.type == "json" and isinstance(grammar.value, (dict, str)):
+        return StructuredOutputsParams(json=grammar.value)
+    if grammar.type == "regex" and isinstance(grammar.value, str):
+        return StructuredOutputsParams(regex=grammar.value)
+    message = "parameters.grammar.type must be json with a schema, or regex with a string"
+    raise bad_request(message, param="parameters.grammar")
 
 
 def _unsupported(name: str) -> Exception:

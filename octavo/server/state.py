@@ -16,6 +16,7 @@ from octavo.server.keys import ApiKey, KeyRing, Scope
 from octavo.server.limits import Limits
 from octavo.server.metrics import ServerMetrics
 from octavo.server.openai_logprobs import LogprobShaper
+from octavo.server.responses_background import Background
 from octavo.server.watchdog import Condition, State, Watchdog
 
 
@@ -30,6 +31,7 @@ class ServerState:
     keys: KeyRing
     draining: bool = False
     startup_error: Exception | None = None  # what came out of the lifespan instead of a start
+    background: Background = field(default_factory=Background)  # responses without a reader
     watchdog: Watchdog = field(init=False)
 
     def __post_init__(self) -> None:

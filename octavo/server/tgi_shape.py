@@ -20,7 +20,6 @@ class TGIShape(Shape):
     """
 
     id_prefix = "tgi-"
-    object = chunk_object = "text_generation"
 
     def __init__(
         self,
@@ -38,30 +37,15 @@ class TGIShape(Shape):
         self._text: list[str] = []
         self._num_tokens = 0
 
-    def choice(self, index: int, piece: Piece) -> dict[str, Any]:
+    def response(self, pieces: Sequence[Piece], tallies: Sequence[Tally]) -> dict[str, Any]:
         """The one answer."""
+        [piece] = pieces
         answer: dict[str, Any] = {"generated_text": self._prefix + piece.text}
         if self._with_details:
             tokens = self._tokens(piece.token_ids, piece)
             details = self._ending(piece.finish_reason, piece.stop_reason, len(tokens))
             answer["details"] = details | {"prefill": [], "tokens": tokens}
         return answer
-
-    def chunk_choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Unused: events are made of tokens."""
-        raise AssertionError("TGI streams tokens, not choices")
-
-    def response(self, pieces: Sequence[Piece], tallies: Sequence[Tally]) -> dict[str, Any]:
-        """The whole response, without streaming."""
-        return self.choice(0, pieces[0])
-
-    def opening(self) -> bytes:
-        """Nothing comes before the first token."""
-        return b""
-
-    def closing(self, tallies: Sequence[Tally]) -> bytes:
-        """Nothing comes after the last one."""
-        return b""
 
     def frames(self, batch: Batch) -> bytes:
         """An event for each token; the text that came with several goes with the last of them."""

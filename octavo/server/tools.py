@@ -27,6 +27,7 @@ class OfferedTools:
     names: frozenset[str]
     definitions: Sequence[Mapping[str, Any]]  # as chat templates expect them
     parallel: bool  # more than one call in an answer
+    schema: Mapping[str, Any] | None = None  # of the answer, where a call is forced
 
 
 def offered_tools(fields: ChatRequest, limits: Limits) -> OfferedTools | None:
@@ -38,14 +39,10 @@ def offered_tools(fields: ChatRequest, limits: Limits) -> OfferedTools | None:
     _check_choice(choice, names)
     if not tools or choice == "none":
         return None
-    if choice != "auto":
-        raise bad_request(
-            "tool_choice can be none or auto; to force a call is not supported",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
     definitions = [{"type": "function", "function": _definition(f)} for f in functions]
-    return OfferedTools(names, definitions, fields.parallel_tool_calls is not False)
+    parallel = fields.parallel_tool_calls is not False
+    schema = None if choice == "auto" else tool_schema(tools, choice, parallel=parallel)
+    return OfferedTools(names, definitions, parallel, schema)
 
 
 def tool_schema(

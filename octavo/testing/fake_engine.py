@@ -21,6 +21,7 @@ from octavo.core import (
     resolve_max_tokens,
 )
 from octavo.engine import Pulse, ServedModel, TextDelta
+from octavo.engine.answers import check_shape
 from octavo.engine.interface import DEFAULT_OPTIONS
 from octavo.errors import EngineDeadError, OverloadedError
 from octavo.testing.byte_tokenizer import EOS, ByteTokenizer
@@ -161,6 +162,7 @@ class FakeEngine:
         max_tokens = resolve_max_tokens(len(token_ids), sampling.max_tokens, self.max_model_len)
         check_prompt(token_ids, vocab_size=self.model.vocab_size)
         check_sampling_ids(sampling, vocab_size=self.model.vocab_size)
+        check_shape(sampling, self.model.tokenizer.eos_token_ids)
         self.received[request_id] = token_ids, sampling
         self.live.add(request_id)
         return max_tokens

@@ -6,4 +6,10 @@ from octavo.text.no_tokenizer import NoTokenizer
 from octavo.text.stop_strings import StopStrings
 from octavo.text.tokenizer import load_tokenizer
 
-__all__ = ["IncrementalDetokenizer", "NoTokenizer", "StopStrings", "Tokenizer", "load_tokenizer"]
+__all__ = [
+    "IncrementalDetokenizer",
+    "NoTokenizer",
+    "StopStrings",
+    "Tokenizer",
+    "load_tokenizer",
+]

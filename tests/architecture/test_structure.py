@@ -152,6 +152,7 @@ def test_the_public_surface_is_what_it_says():
         "OctavoError",
         "RequestOutput",
         "SamplingParams",
+        "StructuredOutputsParams",
         "TokenLogprobs",
         "__version__",
     ]

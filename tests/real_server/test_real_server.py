@@ -8,8 +8,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
@@ -100,6 +102,35 @@ def test_chat_and_completion_streamed_and_not(client):
     pieces = client.completions.create(**options, max_tokens=12, stream=True)
     assert "Paris" in whole.choices[0].text
     assert "".join(p.choices[0].text for p in pieces) == whole.choices[0].text
+
+
+class Person(pydantic.BaseModel):
+    """What an answer is parsed to."""
+
+    name: str = pydantic.Field(max_length=20)
+    age: int = pydantic.Field(ge=0, le=120)
+    languages: list[Literal["English", "French", "German"]] = pydantic.Field(max_length=2)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_an_answer_is_parsed_to_a_type(client, temperature):
+    question = [{"role": "user", "content": "Describe Marie Curie as JSON."}]
+    for seed in range(3):
+        answer = client.chat.completions.parse(
+            model="smollm2-135m-instruct",
+            messages=question,
+            response_format=Person,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=400,
+        )
+        person = answer.choices[0].message.parsed
+        assert isinstance(person, Person) and answer.choices[0].finish_reason == "stop"
+    choices = {"structured_outputs": {"choice": ["Rome", "Paris"]}}
+    answer = client.chat.completions.create(
+        model="smollm2-135m-instruct", messages=QUESTION, temperature=0, extra_body=choices
+    )
+    assert answer.choices[0].message.content == "Paris"
 
 
 def test_a_salt_keeps_tenants_out_of_each_others_cache(client):

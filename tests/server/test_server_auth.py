@@ -33,7 +33,7 @@ async def locked() -> AsyncIterator[httpx.AsyncClient]:
 
 
 def test_the_walk_sees_all_routes() -> None:
-    assert len(ROUTES) == len(APP.routes) + 19  # each GET brings a HEAD
+    assert len(ROUTES) == len(APP.routes) + 20  # each GET brings a HEAD
     assert ("POST", "/v1/chat/completions") in ROUTES
 
 

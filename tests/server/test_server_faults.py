@@ -205,7 +205,7 @@ FIELDS: list[tuple[str, str, dict[str, Any], str]] = [
     ("F20", COMPLETIONS, {"seed": 2**63}, "seed"),
     ("F20", COMPLETIONS, {"seed": -(2**63) - 1}, "seed"),
     ("F20", COMPLETIONS, {"seed": 1.0}, "seed"),
-    ("F21", CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+    ("F21", CHAT, {"response_format": {"type": "json_schema"}}, "response_format"),
     ("F22", COMPLETIONS, {"guided_regex": "(a+)+$"}, "guided_regex"),
     ("F24", CHAT, {"chat_template": "{{ 1 }}"}, "chat_template"),
     ("F24", CHAT, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),

@@ -219,17 +219,6 @@ async def test_the_longest_names_and_deepest_schemas_pass() -> None:
             assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize(
-    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
-)
-async def test_forced_calls_are_refused_for_now(choice: Any) -> None:
-    async with client_of(engine_of(HERMES)) as client:
-        response = await client.post(CHAT, json=BODY | {"tool_choice": choice})
-    error = response.json()["error"]
-    assert (response.status_code, error["param"]) == (400, "tool_choice")
-    assert error["code"] == "unsupported_parameter"
-
-
 async def test_a_template_without_tools_refuses_them() -> None:
     async with client_of(engine_of(PLAIN, call())) as client:
         response = await client.post(CHAT, json=BODY)
