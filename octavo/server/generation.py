@@ -19,8 +19,8 @@ from octavo.server.answers import Answers
 from octavo.server.errors import ErrorReply, HttpError, bad_request
 from octavo.server.generation_response import GenerationResponse
 from octavo.server.keys import ApiKey
-from octavo.server.openai_shape import Shape, ShapeOptions
 from octavo.server.prompts import Prompt
+from octavo.server.shape import Shape, ShapeOptions
 from octavo.server.state import ServerState, key_of
 
 

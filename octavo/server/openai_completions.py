@@ -3,7 +3,8 @@
 from typing import Any
 
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.openai_shape import ChoiceShape, Piece, ShapeOptions, ending, sse
+from octavo.server.openai_shape import ChoiceShape, ending
+from octavo.server.shape import Piece, ShapeOptions, sse
 
 
 class CompletionShape(ChoiceShape):

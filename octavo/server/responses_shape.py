@@ -23,7 +23,6 @@ from octavo.server.chat_events import (
 from octavo.server.chat_parser import ChatParser
 from octavo.server.errors import ErrorReply
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.openai_shape import Piece, Shape, ShapeOptions
 from octavo.server.responses_output import EventWriter, Output
 from octavo.server.responses_protocol import (
     RUNNING,
@@ -31,6 +30,7 @@ from octavo.server.responses_protocol import (
     ResponseTool,
     ResponseToolChoice,
 )
+from octavo.server.shape import Piece, Shape, ShapeOptions
 
 Document = dict[str, Any]
 

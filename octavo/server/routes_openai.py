@@ -21,7 +21,6 @@ from octavo.server.generation import generate, shape_options
 from octavo.server.keys import Scope
 from octavo.server.openai_chat import chat_shape
 from octavo.server.openai_completions import CompletionShape
-from octavo.server.openai_shape import Shape, ShapeOptions
 from octavo.server.prompts import Prompt, PromptReader, arguments_of_template, truncated
 from octavo.server.protocol import (
     ChatRequest,
@@ -32,6 +31,7 @@ from octavo.server.protocol import (
     sampling_params,
 )
 from octavo.server.replies import json_response
+from octavo.server.shape import Shape, ShapeOptions
 from octavo.server.state import EVENTS, JSON, Route, ServerState
 from octavo.server.tools import offered_tools
 
