@@ -138,8 +138,8 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
     room = max_model_len - num_prompt_tokens
     if room < 1:
         raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens, but the context of {max_model_len} tokens "
-            "must hold the prompt and at least one new token",
+            f"the prompt has {num_prompt_tokens} tokens, but this model's maximum context length is"
+            f" {max_model_len} tokens, which must hold the prompt and at least one new token",
             param="prompt",
         )
     if max_tokens is None:
@@ -147,7 +147,8 @@ def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model
     if max_tokens > room:
         raise ContextLengthError(
             f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}: together "
-            f"{num_prompt_tokens + max_tokens}, more than the context of {max_model_len} tokens",
+            f"{num_prompt_tokens + max_tokens}, but this model's maximum context length is "
+            f"{max_model_len} tokens",
             param="max_tokens",
         )
     return max_tokens
