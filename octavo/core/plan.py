@@ -42,6 +42,7 @@ class NewSequence(msgspec.Struct, frozen=True):
     seed: int
     stop_ids: frozenset[int]  # masked until `sampling.min_tokens` are out
     num_logprobs: int | None = None  # report the likeliest tokens, so many of them
+    banned: tuple[tuple[int, ...], ...] = ()  # sequences that must not be completed
 
 
 class ScheduledTokens(msgspec.Struct, frozen=True):

@@ -66,6 +66,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     seed: int
     eos_token_ids: tuple[int, ...] = ()
     options: RequestOptions = RequestOptions()
+    banned: tuple[tuple[int, ...], ...] = ()  # of `sampling.bad_words`
 
     @property
     def cache_extras(self) -> tuple[str, ...]:

@@ -14,6 +14,8 @@ from octavo.errors import RequestError
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1_000
+MAX_BAD_WORDS = 1_000
+MAX_BAD_WORD_CHARS = 1_000
 MAX_LOGPROBS = 20
 MAX_N = 128
 MAX_BEAMS = 32
@@ -41,6 +43,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: report log-probabilities of the drawn token and of this many likeliest ones.
     logit_bias: added to the logits of these token ids.
     allowed_token_ids: if given, nothing else can be drawn.
+    bad_words: the last token of each of these words is not drawn where it would complete the word.
     structured_outputs: the shape that the answer must have; nothing else can be drawn.
     use_beam_search: instead of drawing, keep the `beam_width` likeliest continuations at each step
         and return the best `n` by sum of logprobs / length ** `length_penalty`; `early_stopping`
@@ -66,6 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     structured_outputs: StructuredOutputsParams | None = None
     use_beam_search: bool = False
     beam_width: int | None = None
@@ -171,6 +175,16 @@ def _check_stops(params: SamplingParams) -> None:
             raise RequestError(
                 f"each stop string must have 1 to {MAX_STOP_STRING_CHARS} characters", param="stop"
             )
+    words = () if params.bad_words is None else params.bad_words
+    if isinstance(words, str) or len(words) > MAX_BAD_WORDS:
+        raise _refuse("bad_words", f"a list of at most {MAX_BAD_WORDS} words", len(words))
+    for word in words:
+        if not isinstance(word, str) or not word.strip() or len(word) > MAX_BAD_WORD_CHARS:
+            raise RequestError(
+                f"each bad word must have 1 to {MAX_BAD_WORD_CHARS} characters, not all of them "
+                "spaces",
+                param="bad_words",
+            )
     if params.stop_strings and not params.detokenize:
         raise RequestError("stop strings need detokenize=True", param="stop")
 
@@ -212,6 +226,7 @@ def _check_beams(params: SamplingParams) -> None:
         "allowed_token_ids": params.allowed_token_ids is not None,
         "min_tokens": params.min_tokens != 0,
         "structured_outputs": params.structured_outputs is not None,
+        "bad_words": bool(params.bad_words),
         "stop": bool(params.stop_strings),
         "logprobs": params.logprobs is not None,
     }
@@ -228,6 +243,7 @@ def _check_structured_outputs(params: SamplingParams) -> None:
         "ignore_eos": params.ignore_eos,
         "min_tokens": params.min_tokens != 0,
         "allowed_token_ids": params.allowed_token_ids is not None,
+        "bad_words": bool(params.bad_words),
     }
     for name, is_given in contrary.items():
         if is_given:

@@ -21,6 +21,7 @@ from octavo.core import (
 from octavo.engine.interface import TextDelta
 from octavo.errors import RequestError
 from octavo.text import IncrementalDetokenizer, NoTokenizer, StopStrings, Tokenizer
+from octavo.text.bad_words import banned_sequences
 
 
 def fan_out(request: Request) -> Iterator[Request]:
@@ -60,14 +61,24 @@ def check_request(
             "stop_token_ids work without",
             param="stop",
         )
-    if sampling.structured_outputs is not None and not has_text:
-        raise RequestError(
-            "the shape of an answer needs a tokenizer, and none is loaded (skip_tokenizer_init)",
-            param="structured_outputs",
-        )
+    for name in ("structured_outputs", "bad_words"):
+        if getattr(sampling, name) and not has_text:
+            raise RequestError(
+                f"{name} needs a tokenizer, and none is loaded (skip_tokenizer_init)", param=name
+            )
     check_prompt(prompt_token_ids, vocab_size=vocab_size)
     check_sampling_ids(sampling, vocab_size=vocab_size)
     resolve_max_tokens(len(prompt_token_ids), sampling.max_tokens, max_model_len)
+
+
+def banned_by(
+    sampling: SamplingParams, tokenizer: Tokenizer, *, vocab_size: int
+) -> tuple[tuple[int, ...], ...]:
+    """What `bad_words` bans, as token ids that the model has."""
+    if not sampling.bad_words:
+        return ()
+    sequences = banned_sequences(sampling.bad_words, tokenizer)
+    return tuple(ids for ids in sequences if max(ids) < vocab_size)
 
 
 def check_shape(sampling: SamplingParams, eos_token_ids: tuple[int, ...]) -> None:

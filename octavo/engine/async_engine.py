@@ -19,7 +19,7 @@ from octavo.core import (
     RequestStatus,
     SamplingParams,
 )
-from octavo.engine.answers import Answer, check_request, check_shape, fan_out
+from octavo.engine.answers import Answer, banned_by, check_request, check_shape, fan_out
 from octavo.engine.child import STOP_TIMEOUT_S, EngineProcess
 from octavo.engine.interface import DEFAULT_OPTIONS, Pulse, ServedModel, TextDelta
 from octavo.engine.messages import (
@@ -162,6 +162,7 @@ class AsyncEngine:
             sampling=sampling,
             seed=0,
             eos_token_ids=self._ready.eos_token_ids,
+            banned=banned_by(sampling, self._tokenizer, vocab_size=self.model.vocab_size),
             options=options,
         )
         requests = list(fan_out(template))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from octavo.config import EngineOptions
 from octavo.core import EngineStats, FinishReason, Request, RequestOptions, SamplingParams
-from octavo.engine.answers import Answer, check_request, check_shape, fan_out
+from octavo.engine.answers import Answer, banned_by, check_request, check_shape, fan_out
 from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
 from octavo.engine.interface import DEFAULT_OPTIONS, TextDelta
 from octavo.engine.outputs import CompletionOutput, RequestOutput
@@ -196,13 +196,15 @@ class _Batch:
 
     def add(self, request_id: str, prompt: _Prompt, sampling: SamplingParams) -> None:
         """Queue the `n` answers to a prompt that was checked."""
+        model = self._engine.config.model
         template = Request(
             request_id=request_id,
             prompt_token_ids=prompt.token_ids,
             sampling=sampling,
             seed=0,
-            eos_token_ids=self._engine.config.model.eos_token_ids,
+            eos_token_ids=model.eos_token_ids,
             options=prompt.options,
+            banned=banned_by(sampling, self._tokenizer, vocab_size=model.vocab_size),
         )
         requests = list(fan_out(template))
         self._engine.core.add(*requests)

@@ -52,6 +52,7 @@ class Row:
     """One sequence: its ids as far as they were read, and its sampling options."""
 
     __slots__ = (
+        "banned",
         "index",
         "matcher",
         "min_num_tokens",
@@ -79,6 +80,7 @@ class Row:
         self.sampling = sampling
         self.seed = new.seed
         self.stop_ids = new.stop_ids
+        self.banned = new.banned
         self.num_logprobs = new.num_logprobs
         self.min_num_tokens = new.num_prompt_tokens + sampling.min_tokens
         self.shapes_logits = (
@@ -86,6 +88,7 @@ class Row:
             or bool(sampling.logit_bias)
             or sampling.allowed_token_ids is not None
             or matcher is not None
+            or bool(new.banned)
         )
 
     @property

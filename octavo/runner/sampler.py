@@ -40,7 +40,7 @@ def sample(logits: Tensor, rows: Rows, draw: Callable[[Tensor], Tensor]) -> Draw
 
 
 def add_biases_and_masks(logits: Tensor, rows: Rows) -> None:
-    """logit_bias, allowed_token_ids, and no stop token before min_tokens. In place."""
+    """logit_bias, allowed_token_ids, bad_words, no stop token before min_tokens. In place."""
     entries: list[tuple[int, int, float]] = []
     for i, row in enumerate(rows):
         if row.sampling.allowed_token_ids is not None:
@@ -49,6 +49,11 @@ def add_biases_and_masks(logits: Tensor, rows: Rows) -> None:
             )
         if row.sampling.logit_bias:
             entries += [(i, token_id, bias) for token_id, bias in row.sampling.logit_bias.items()]
+        if row.banned:
+            output = row.token_ids[row.num_prompt_tokens :]
+            for *before, last in row.banned:
+                if not before or output[-len(before) :] == before:
+                    entries.append((i, last, sampling.NEGATIVE_INFINITY))
         if row.num_tokens < row.min_num_tokens:
             entries += [(i, token_id, sampling.NEGATIVE_INFINITY) for token_id in row.stop_ids]
     if entries:

@@ -213,4 +213,5 @@ def _introduce(sequence: Sequence, num_computed_tokens: int) -> NewSequence:
         seed=request.seed,
         stop_ids=sequence.stop_ids,
         num_logprobs=sequence.num_logprobs,
+        banned=request.banned,
     )

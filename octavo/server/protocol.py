@@ -49,6 +49,7 @@ class SamplingFields(msgspec.Struct, kw_only=True):
     min_tokens: int | None = None
     logit_bias: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputsParams | None = None
     skip_special_tokens: bool | None = None
@@ -171,7 +172,6 @@ _OTHER_NAMES_OF_SHAPES = (
 )
 _REFUSED: dict[str, Neutral] = {
     **dict.fromkeys(_OTHER_NAMES_OF_SHAPES, ()),
-    "bad_words": ([],),
     "prompt_logprobs": (),
     "prompt_embeds": (),
     "logits_processors": ([],),
