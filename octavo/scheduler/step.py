@@ -86,7 +86,7 @@ class StepBuilder:
             # What was pushed out a moment ago must not come straight back.
             if sequence in self.preempted:
                 return
-            if not self._try_to_admit(sequence) and sequence not in self.aside:
+            if not self._try_to_admit(sequence) and sequence not in self.aside[-1:]:
                 return
 
     def make_room(self) -> None:
@@ -95,7 +95,7 @@ class StepBuilder:
         Beams that wait for each other are such: without this they could wait forever.
         """
         while (sequence := self.waiting.head()) is not None and not self._try_to_admit(sequence):
-            if sequence in self.aside:
+            if sequence in self.aside[-1:]:
                 continue
             if not self.running:
                 return
