@@ -1,7 +1,7 @@
 """What all layers of one forward pass share: where the tokens stand and where their KV goes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -17,6 +17,10 @@ class StepContext:
     attention: AttentionBatch
     kv_caches: Sequence[Tensor]  # one a layer: [2, num_blocks, Hkv, block_size, D]
     wanted: Tensor | None = None  # [S]: tokens whose hidden states are asked for; None: all
+
+    def of_all(self) -> "StepContext":
+        """The same step, with all tokens wanted."""
+        return self if self.wanted is None else replace(self, wanted=None)
 
     def wanted_of(self, *hidden: Tensor) -> tuple[Tensor, ...]:
         """The rows of the wanted tokens of each [T, ...]."""

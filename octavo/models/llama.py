@@ -90,12 +90,11 @@ class LlamaBlock(nn.Module):
         )
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, context: StepContext, *, only_wanted: bool = False
+        self, x: Tensor, residual: Tensor | None, context: StepContext
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.attention_norm(x, residual)
         x = self.attention(x, context)
-        if only_wanted:
-            x, residual = context.wanted_of(x, residual)
+        x, residual = context.wanted_of(x, residual)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
 
@@ -132,10 +131,11 @@ class Llama(Model):
         x: Tensor = self.vocabulary.embed(token_ids)
         residual: Tensor | None = None
         *blocks, last = self._blocks
+        of_all = context.of_all()
         for block in blocks:
-            x, residual = block(x, residual, context)
+            x, residual = block(x, residual, of_all)
         # All that anybody will ask of the other tokens is in the KV cache by then.
-        x, residual = last(x, residual, context, only_wanted=True)
+        x, residual = last(x, residual, context)
         x, _ = self.norm(x, residual)
         return x
 

@@ -95,10 +95,15 @@ class ChatStyle:
                 code="unsupported_parameter",
             )
 
-    def shaped(
+    def sampling(
         self, sampling: SamplingParams, tools: OfferedTools | None, prompt: Prompt
     ) -> SamplingParams:
-        """The same, but with the shape of a call that is forced; reasoning comes before a shape."""
+        """The same, but for what tools and reasoning demand.
+
+        A call that is forced is a shape of the answer; reasoning comes before a shape; markers stay
+        in the text where the answer is searched for them.
+        """
+        changes: dict[str, Any] = {}
         shape = sampling.structured_outputs
         if tools is not None and tools.schema is not None:
             if shape is not None:
@@ -107,20 +112,17 @@ class ChatStyle:
             shape = StructuredOutputsParams(json=dict(tools.schema))
         if shape is not None and self.splits_reasoning and self._is_opened(prompt):
             shape = msgspec.structs.replace(shape, after=reasoning.CLOSE)
-        return msgspec.structs.replace(sampling, structured_outputs=shape)
+        if shape is not sampling.structured_outputs:
+            changes["structured_outputs"] = shape
+        if self.has_special_markers and (tools is not None or self.splits_reasoning):
+            changes["skip_special_tokens"] = False
+        return msgspec.structs.replace(sampling, **changes) if changes else sampling
 
     def _is_opened(self, prompt: Prompt) -> bool:
         """Whether the template has written the opening tag itself."""
         tail = prompt.token_ids[-_NUM_TAIL_TOKENS:]
         text = self.tokenizer.decode(tail, skip_special_tokens=False)
         return text.rstrip().endswith(reasoning.OPEN)
-
-    def sampling(self, sampling: SamplingParams, tools: OfferedTools | None) -> SamplingParams:
-        """The same, but with the markers in the text where the answer is searched for them."""
-        searched = tools is not None or self.splits_reasoning
-        if not (searched and self.has_special_markers):
-            return sampling
-        return msgspec.structs.replace(sampling, skip_special_tokens=False)
 
 
 def _guessed_tool_parser(tokenizer: Tokenizer) -> str | None:

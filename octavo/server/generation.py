@@ -20,7 +20,7 @@ from octavo.server.errors import ErrorReply, HttpError, bad_request
 from octavo.server.generation_response import GenerationResponse
 from octavo.server.keys import ApiKey
 from octavo.server.prompts import Prompt
-from octavo.server.shape import Shape, ShapeOptions
+from octavo.server.response_shape import Shape, ShapeOptions
 from octavo.server.state import ServerState, key_of
 
 

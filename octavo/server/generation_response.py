@@ -16,7 +16,7 @@ from octavo.engine import TextDelta
 from octavo.server.allowance import Reservation
 from octavo.server.answers import Answers
 from octavo.server.errors import ClientDisconnected, log_failure, reply_to, unavailable
-from octavo.server.shape import Piece, Shape
+from octavo.server.response_shape import Piece, Shape
 
 _EVENT_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",

@@ -9,7 +9,7 @@ from typing import Any
 from octavo.engine import TextDelta
 from octavo.server.answers import Batch, Tally
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.shape import Piece, Shape, ShapeOptions, sse
+from octavo.server.response_shape import Piece, Shape, ShapeOptions, sse
 
 MODEL_VERSION = "1"
 TEXT_OUTPUT = "text_output"

@@ -21,7 +21,7 @@ from octavo.server.chat_events import (
 from octavo.server.chat_parser import ChatParser
 from octavo.server.openai_logprobs import LogprobShaper
 from octavo.server.openai_shape import MARK, ChoiceShape, ending
-from octavo.server.shape import Piece, ShapeOptions, sse
+from octavo.server.response_shape import Piece, ShapeOptions, sse
 
 
 class ChatShape(ChoiceShape):

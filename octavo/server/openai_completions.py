@@ -4,7 +4,7 @@ from typing import Any
 
 from octavo.server.openai_logprobs import LogprobShaper
 from octavo.server.openai_shape import ChoiceShape, ending
-from octavo.server.shape import Piece, ShapeOptions, sse
+from octavo.server.response_shape import Piece, ShapeOptions, sse
 
 
 class CompletionShape(ChoiceShape):

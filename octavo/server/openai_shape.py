@@ -12,7 +12,7 @@ import orjson
 from octavo.engine import TextDelta
 from octavo.server.answers import Batch, Tally
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.shape import DONE, Piece, Shape, ShapeOptions, sse
+from octavo.server.response_shape import DONE, Piece, Shape, ShapeOptions, sse
 
 MARK = "\x00text\x00"  # stands for the text in a template; no model name has it
 _MARK_JSON = orjson.dumps(MARK)

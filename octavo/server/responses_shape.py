@@ -23,6 +23,7 @@ from octavo.server.chat_events import (
 from octavo.server.chat_parser import ChatParser
 from octavo.server.errors import ErrorReply
 from octavo.server.openai_logprobs import LogprobShaper
+from octavo.server.response_shape import Piece, Shape, ShapeOptions
 from octavo.server.responses_output import EventWriter, Output
 from octavo.server.responses_protocol import (
     RUNNING,
@@ -30,7 +31,6 @@ from octavo.server.responses_protocol import (
     ResponseTool,
     ResponseToolChoice,
 )
-from octavo.server.shape import Piece, Shape, ShapeOptions
 
 Document = dict[str, Any]
 

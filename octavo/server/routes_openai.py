@@ -31,7 +31,7 @@ from octavo.server.protocol import (
     sampling_params,
 )
 from octavo.server.replies import json_response
-from octavo.server.shape import Shape, ShapeOptions
+from octavo.server.response_shape import Shape, ShapeOptions
 from octavo.server.state import EVENTS, JSON, Route, ServerState
 from octavo.server.tools import offered_tools
 
@@ -118,7 +118,7 @@ class OpenAIRoutes:
         tools = offered_tools(fields, state.limits)
         self._chat_style.check_tools(tools)
         with _chat_names(fields):
-            sampling = self._chat_style.sampling(_chat_sampling(fields, state), tools)
+            sampling = _chat_sampling(fields, state)
             definitions = None if tools is None else tools.definitions
             prompt = await reader.chat(
                 fields.messages,
@@ -127,7 +127,7 @@ class OpenAIRoutes:
                     fields.chat_template_kwargs, definitions, state.limits
                 ),
             )
-            sampling = self._chat_style.shaped(sampling, tools, prompt)
+            sampling = self._chat_style.sampling(sampling, tools, prompt)
             prompts = truncated(
                 [prompt], fields.truncate_prompt_tokens, room=_room(sampling, state)
             )

@@ -70,10 +70,10 @@ class ResponsesRoutes:
             chat = chat_request(fields)
             tools = offered_tools(chat, state.limits)
             self._chat_style.check_tools(tools)
-            sampling = self._sampling(chat, tools)
+            sampling = self._sampling(chat)
             messages = messages_of(items, fields.instructions)
             prompt = await self._prompt(fields, messages, tools=tools, sampling=sampling)
-            sampling = self._chat_style.shaped(sampling, tools, prompt)
+            sampling = self._chat_style.sampling(sampling, tools, prompt)
             options = shape_options(state, [prompt], sampling, model=name)
         shape = ResponsesShape(
             options,
@@ -114,10 +114,9 @@ class ResponsesRoutes:
             raise bad_request(message, param="previous_response_id")
         return [*previous.conversation(), *items]
 
-    def _sampling(self, chat: ChatRequest, tools: OfferedTools | None) -> SamplingParams:
+    def _sampling(self, chat: ChatRequest) -> SamplingParams:
         max_tokens, limits = chat.max_completion_tokens, self._state.limits
-        sampling = sampling_params(chat, limits, max_tokens=max_tokens, logprobs=None)
-        return self._chat_style.sampling(sampling, tools)
+        return sampling_params(chat, limits, max_tokens=max_tokens, logprobs=None)
 
     async def _prompt(
         self,

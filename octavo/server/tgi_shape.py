@@ -10,7 +10,7 @@ from octavo.core import FinishReason
 from octavo.engine import TextDelta
 from octavo.server.answers import Batch, Tally
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.shape import Piece, Shape, ShapeOptions, sse
+from octavo.server.response_shape import Piece, Shape, ShapeOptions, sse
 
 
 class TGIShape(Shape):

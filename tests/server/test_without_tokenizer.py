@@ -10,7 +10,7 @@ from octavo.core import FinishReason
 from octavo.engine import ServedModel, TextDelta
 from octavo.server.openai_completions import CompletionShape
 from octavo.server.openai_logprobs import LogprobShaper
-from octavo.server.shape import ShapeOptions
+from octavo.server.response_shape import ShapeOptions
 from octavo.testing.fake_engine import FakeEngine
 from octavo.text import NoTokenizer
 
