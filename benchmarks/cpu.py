@@ -45,11 +45,11 @@ def write_plain_checkpoint(directory: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from octavo.config import DEFAULT_MODEL, ModelConfig, locate
+    from octavo.config import DEFAULT_MODEL, locate, read_model_config
     from octavo.weights import read_tensors
 
     checkpoint = locate(DEFAULT_MODEL)
-    config = ModelConfig.from_checkpoint(checkpoint)
+    config = read_model_config(checkpoint)
     tensors = dict(read_tensors(checkpoint, config, dtype=torch.bfloat16))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(checkpoint.config()))

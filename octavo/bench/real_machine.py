@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 import torch
 
 from octavo import __version__
-from octavo.config import EngineOptions, ModelConfig, locate, resolve
+from octavo.config import EngineOptions, locate, read_model_config, resolve
 from octavo.core import Executor, Launch, StepPlan, StepResult, SystemClock
 from octavo.engine.build import create_runner, create_storage, load_model
 from octavo.errors import ConfigError
@@ -56,7 +56,7 @@ class RealMachine:
         engine_options = EngineOptions.from_flat(model, options)
         checkpoint = locate(model)
         facts = device_facts(engine_options.device.device)
-        self.config = resolve(engine_options, ModelConfig.from_checkpoint(checkpoint), facts)
+        self.config = resolve(engine_options, read_model_config(checkpoint), facts)
         self.vocab_size = self.config.model.vocab_size
         self._device_name = facts.name
         torch.set_num_threads(self.config.num_threads)

@@ -5,7 +5,7 @@ Does not need triton, so that a machine without it can be told what it lacks.
 
 import torch
 
-from octavo.config import ModelConfig, locate
+from octavo.config import locate, read_model_config
 from octavo.errors import ConfigError
 from octavo.kernels import Case
 from octavo.kernels.triton_support import unsupported
@@ -32,7 +32,7 @@ def parse_shape(text: str) -> Shape:
 
 def model_shapes(model: str) -> list[Shape]:
     """The shape of each weight of a model, in the order in which they are made."""
-    config = ModelConfig.from_checkpoint(locate(model))
+    config = read_model_config(locate(model))
     weights = NoWeights()
     create_model(config, Build("meta", torch.bfloat16, weights=weights), max_positions=1)
     return [(case.sizes["out_features"], case.sizes["in_features"]) for case in weights.cases]

@@ -11,7 +11,7 @@ from octavo.bench.serve import Load, ServeSetup, Spread, check_loopback, measure
 from octavo.bench.server_process import running_server
 from octavo.cli.bench_flags import add_bench_flags, bench_options, write_result
 from octavo.cli.flags import add_dataclass, collect, engine_options, engine_values, flag
-from octavo.config import ModelConfig, locate
+from octavo.config import locate, read_model_config
 from octavo.errors import ConfigError
 
 HELP = "measure latency and throughput of a server under requests that come at a given rate"
@@ -72,7 +72,7 @@ def _server(
     options = bench_options(arguments)
     engine_options(arguments)  # what is wrong with them is better said before anything starts
     checkpoint = locate(arguments.model)
-    last_id = ModelConfig.from_checkpoint(checkpoint).vocab_size - 1
+    last_id = read_model_config(checkpoint).vocab_size - 1
     setup = replace(setup, max_token_id=min(setup.max_token_id, last_id))
     with running_server(arguments.model, options) as url:
         yield url, checkpoint.name, setup

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from octavo.cli.flags import add_engine_flags, engine_options
-from octavo.config import ModelConfig, Setting, locate, resolve
+from octavo.config import Setting, locate, read_model_config, resolve
 
 if TYPE_CHECKING:  # it imports torch
     from octavo.layers import KernelReport
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = engine_options(arguments)
     checkpoint = locate(options.model)
     facts = device_facts(options.device.device)
-    config = resolve(options, ModelConfig.from_checkpoint(checkpoint), facts)
+    config = resolve(options, read_model_config(checkpoint), facts)
     if arguments.kernels:
         from octavo.models.weightless import kernel_reports
 

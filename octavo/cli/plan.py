@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from octavo.cli.flags import add_engine_flags, engine_values
-from octavo.config import EngineOptions, ModelConfig, ResolvedConfig, locate, resolve
+from octavo.config import EngineOptions, ResolvedConfig, locate, read_model_config, resolve
 from octavo.config.capacity import LengthClass, MixCapacity, mix_capacity, parse_lengths
-from octavo.config.memory_plan import MemoryPlan, largest_step, plan_memory
+from octavo.config.memory_plan import MemoryPlan, plan_memory
 from octavo.config.planned_devices import KNOWN_GPUS, device_budget, planned_device
+from octavo.config.planned_steps import largest_step
 from octavo.errors import ConfigError
 
 HELP = "plan memory and capacity from a model's config, before anything is loaded"
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     facts, major = planned_device(name, arguments.device_memory_gib)
     options = EngineOptions.from_flat(arguments.model, values)
     checkpoint = locate(options.model)
-    config = resolve(options, ModelConfig.from_checkpoint(checkpoint), facts)
+    config = resolve(options, read_model_config(checkpoint), facts)
     budget = device_budget(facts, major=major, utilization=config.gpu_memory_utilization)
     plan = plan_memory(config, budget)
     print(f"{checkpoint.name} on {budget.name}, {config.dtype}, before anything is loaded\n")

@@ -1,7 +1,20 @@
 """What is configured, and where each value came from. No torch, no HTTP."""
 
+from octavo.config.architectures import (
+    Architecture,
+    architectures,
+    model_config_from_hf,
+    read_model_config,
+)
 from octavo.config.checkpoint import ALIASES, Checkpoint, excerpt, locate
-from octavo.config.model import ModelConfig, RopeScaling
+from octavo.config.model import (
+    AttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    Rope,
+    RopeScaling,
+)
 from octavo.config.options import (
     DEFAULT_MODEL,
     GROUPS,
@@ -26,22 +39,30 @@ __all__ = [
     "ALIASES",
     "DEFAULT_MODEL",
     "GROUPS",
+    "Architecture",
+    "AttentionConfig",
     "CacheOptions",
     "Checkpoint",
     "DeviceFacts",
     "DeviceOptions",
     "EngineOptions",
+    "LayerConfig",
+    "MLPConfig",
     "ModelConfig",
     "ModelOptions",
     "ResolvedConfig",
+    "Rope",
     "RopeScaling",
     "SchedulerOptions",
     "Setting",
+    "architectures",
     "decode_sizes",
     "excerpt",
     "locate",
     "mixed_sizes",
+    "model_config_from_hf",
     "option",
+    "read_model_config",
     "resolve",
     "with_eager_steps",
     "with_kv_cache_bytes",

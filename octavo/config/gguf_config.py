@@ -1,7 +1,7 @@
 """What a GGUF file's metadata says about the model, in the words of Hugging Face's `config.json`.
 
 Owns the translation of key names and of the frequency factors that llama.cpp stores as a tensor.
-Judges nothing: `ModelConfig.from_hf` refuses what is wrong or not supported.
+Judges nothing: `model_config_from_hf` refuses what is wrong or not supported.
 """
 
 import math

@@ -9,7 +9,8 @@ import re
 import subprocess
 from dataclasses import dataclass
 
-from octavo.config.memory_plan import HOPPER, DeviceBudget
+from octavo.config.memory_plan import DeviceBudget
+from octavo.config.planned_steps import HOPPER
 from octavo.config.resolve import DeviceFacts
 from octavo.errors import ConfigError
 

@@ -80,8 +80,7 @@ class ResolvedConfig:
     @property
     def kv_block_bytes(self) -> int:
         """Bytes of one KV block over all layers."""
-        values = 2 * self.model.num_layers * self.model.num_kv_heads * self.model.head_dim
-        return values * DTYPE_BYTES[self.dtype] * self.block_size
+        return self.model.num_cached_values * DTYPE_BYTES[self.dtype] * self.block_size
 
     @property
     def num_host_blocks(self) -> int:

@@ -12,9 +12,9 @@ from octavo import kvcache
 from octavo.config import (
     Checkpoint,
     EngineOptions,
-    ModelConfig,
     ResolvedConfig,
     locate,
+    read_model_config,
     resolve,
     with_eager_steps,
     with_kv_cache_bytes,
@@ -89,7 +89,7 @@ def build_engine(
 
     with phase("read config"):
         checkpoint = locate(options.model)
-        model_config = ModelConfig.from_checkpoint(checkpoint)
+        model_config = read_model_config(checkpoint)
         facts = device_facts(options.device.device)
         config = resolve(options, model_config, facts)
         memory = MemoryMeter(config, facts)

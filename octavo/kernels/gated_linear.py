@@ -17,7 +17,7 @@ from octavo.kernels.triton_support import needs_hopper
 from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
 # With no more rows, or fewer results, than these a product and its activation are as fast apart:
-# cuBLAS then has better tiles. `octavo.config.memory_plan` has the same numbers.
+# cuBLAS then has better tiles. `octavo.config.planned_steps` has the same numbers.
 MOST_ROWS_APART = 1024
 LEAST_RESULTS = 1 << 22
 TMA_STEP = 8  # 16-bit numbers in 16 bytes: TMA wants rows of whole ones

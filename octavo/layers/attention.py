@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from octavo.config import AttentionConfig
 from octavo.kernels import (
     KV_WRITE,
     PAGED_ATTENTION,
@@ -42,10 +44,8 @@ class Attention(Layer):
 
     def __init__(
         self,
+        config: AttentionConfig,
         layer: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
         build: Build,
         *,
         rotary: Rotary | None = None,
@@ -54,11 +54,13 @@ class Attention(Layer):
         super().__init__()
         if rotary is None and qk_norm is not None:
             raise ValueError("there is no kernel for a QK-norm without a rotation after it")
+        self.num_heads = build.group.local(config.num_heads, "attention heads")
+        self.num_kv_heads = build.group.local(config.num_kv_heads, "key/value heads")
         case = build.case(
             {
-                "num_heads": num_heads,
-                "num_kv_heads": num_kv_heads,
-                "head_dim": head_dim,
+                "num_heads": self.num_heads,
+                "num_kv_heads": self.num_kv_heads,
+                "head_dim": config.head_dim,
                 "block_size": build.block_size,
             }
         )
@@ -73,11 +75,17 @@ class Attention(Layer):
         if qk_norm is not None:
             self._norms = (qk_norm.query_weight, qk_norm.key_weight, qk_norm.eps)
         self._layer = layer
-        self._scale = head_dim**-0.5
-        self.spec = KVSpec(num_kv_heads, head_dim)
+        self._scale = config.scale
+        self.spec = KVSpec(self.num_kv_heads, config.head_dim)
 
     def finish(self) -> tuple[Choice[Any], ...]:
         return self._choices
+
+    def parts_of(self, heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """heads [T, Hq + 2 Hkv, D], as one product makes them -> queries, keys, values."""
+        num_kv_heads = self.num_kv_heads
+        query, key, value = torch.split(heads, [self.num_heads, num_kv_heads, num_kv_heads], 1)
+        return query, key, value
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, context: StepContext) -> Tensor:
         """query [T, Hq, D], key and value [T, Hkv, D] (strided views) -> [T, Hq, D].

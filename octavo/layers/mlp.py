@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
+from octavo.config import MLPConfig
 from octavo.kernels import GATED_LINEAR, SILU_MUL, Choice
 from octavo.layers.build import Build, Layer
 from octavo.layers.linear import Linear
@@ -13,8 +14,9 @@ from octavo.layers.slot import Slot
 class GatedMLP(Layer):
     """down(silu(gate(x)) * up(x)), with gate and up in one product."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, build: Build, *, bias: bool):
+    def __init__(self, config: MLPConfig, hidden_size: int, build: Build):
         super().__init__()
+        intermediate_size, bias = config.intermediate_size, config.bias
         parts = {"gate": intermediate_size, "up": intermediate_size}
         self.gate_up = Linear(parts, hidden_size, build, bias=bias, split="rows")
         self.down = Linear(

@@ -5,14 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from octavo.config import RopeScaling
+from octavo.config import Rope, RopeScaling
 from octavo.layers.build import Build
 
 
-def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians a token for each pair of dimensions, [head_dim / 2], fp32."""
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / (theta**exponents)
+def rotary_frequencies(rope: Rope) -> Tensor:
+    """Radians a token for each pair of dimensions, [rotary_dim / 2], fp32."""
+    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    scaling = rope.scaling
     if scaling is None:
         return frequencies
     if scaling.kind == "linear":
@@ -35,19 +36,9 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 class Rotary:
-    """The table of angles, one for all layers of a model. `Attention` rotates by it."""
+    """The table of angles, one for all layers that turn alike. `Attention` rotates by it."""
 
-    def __init__(
-        self,
-        head_dim: int,
-        max_positions: int,
-        build: Build,
-        *,
-        theta: float,
-        scaling: RopeScaling | None = None,
-    ):
-        angles = torch.outer(
-            torch.arange(max_positions).float(), rotary_frequencies(head_dim, theta, scaling)
-        )
-        # [max_positions, head_dim] fp32: cosines of all pairs, then sines
+    def __init__(self, rope: Rope, max_positions: int, build: Build):
+        angles = torch.outer(torch.arange(max_positions).float(), rotary_frequencies(rope))
+        # [max_positions, rotary_dim] fp32: cosines of all pairs, then sines
         self.cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(build.device)

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from octavo.config import ModelConfig
+from octavo.config import ModelConfig, Rope
 from octavo.layers import (
     Attention,
     Build,
@@ -33,28 +33,25 @@ class LlamaAttention(nn.Module):
         layer: int,
         build: Build,
         *,
-        rotary: Rotary,
+        rotary: Rotary | None,
         qk_norm: QKNorm | None = None,
     ):
         super().__init__()
-        self.num_heads = build.group.local(config.num_heads, "attention heads")
-        self.num_kv_heads = build.group.local(config.num_kv_heads, "key/value heads")
-        self.head_dim = config.head_dim
-        kv_size = config.num_kv_heads * config.head_dim
+        shape = config.layers[layer].attention
+        self.head_dim = shape.head_dim
         self.qkv = Linear(
-            {"q": config.num_heads * config.head_dim, "k": kv_size, "v": kv_size},
+            {"q": shape.num_query_values, "k": shape.num_key_values, "v": shape.num_key_values},
             config.hidden_size,
             build,
-            bias=config.attention_bias,
+            bias=shape.bias,
             split="rows",
         )
-        heads = (self.num_heads, self.num_kv_heads, self.head_dim)
-        self.attend = Attention(layer, *heads, build, rotary=rotary, qk_norm=qk_norm)
+        self.attend = Attention(shape, layer, build, rotary=rotary, qk_norm=qk_norm)
         self.output = Linear(
             {"o": config.hidden_size},
-            config.num_heads * config.head_dim,
+            shape.num_query_values,
             build,
-            bias=config.attention_bias,
+            bias=shape.output_bias,
             split="columns",
         )
 
@@ -64,7 +61,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x: Tensor, context: StepContext) -> Tensor:
         heads = self.qkv(x).view(x.shape[0], -1, self.head_dim)
-        query, key, value = heads.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), 1)
+        query, key, value = self.attend.parts_of(heads)
         y: Tensor = self.output(self.attend(query, key, value, context).flatten(1))
         return y
 
@@ -72,14 +69,12 @@ class LlamaAttention(nn.Module):
 class LlamaBlock(nn.Module):
     """One transformer block: attention and feed-forward, each after a norm."""
 
-    def __init__(self, config: ModelConfig, build: Build, attention: LlamaAttention):
+    def __init__(self, config: ModelConfig, layer: int, build: Build, attention: LlamaAttention):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
         self.attention = attention
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
-        self.mlp = GatedMLP(
-            config.hidden_size, config.intermediate_size, build, bias=config.mlp_bias
-        )
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
+        self.mlp = GatedMLP(config.layers[layer].mlp, config.hidden_size, build)
 
     def slots(self, name: str) -> dict[str, Slot]:
         return (
@@ -106,18 +101,20 @@ class Llama(Model):
 
     def __init__(self, config: ModelConfig, build: Build, *, max_positions: int):
         super().__init__()
-        theta, scaling = config.rope_theta, config.rope_scaling
-        rotary = Rotary(config.head_dim, max_positions, build, theta=theta, scaling=scaling)
+        rotary: dict[Rope | None, Rotary] = {
+            rope: Rotary(rope, max_positions, build) for rope in config.ropes
+        }
         self.vocabulary = Vocabulary(
             config.vocab_size, config.hidden_size, build, tied=config.tie_word_embeddings
         )
-        blocks = [
-            LlamaBlock(config, build, self.attention_type(config, layer, build, rotary=rotary))
-            for layer in range(config.num_layers)
-        ]
+        blocks = []
+        for index, layer in enumerate(config.layers):
+            angles = rotary.get(layer.attention.rope)
+            attention = self.attention_type(config, index, build, rotary=angles)
+            blocks.append(LlamaBlock(config, index, build, attention))
         self.blocks = nn.ModuleList(blocks)  # registers them; the list keeps their type
         self._blocks: list[LlamaBlock] = blocks
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, build)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, build)
 
     def slots(self) -> dict[str, Slot]:
         """Checkpoint tensor names and the places that wait for them."""

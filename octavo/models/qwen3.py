@@ -12,7 +12,8 @@ class Qwen3Attention(LlamaAttention):
     """Each query head and each key head goes through an RMS norm before it is rotated."""
 
     def __init__(self, config: ModelConfig, layer: int, build: Build, *, rotary: Rotary):
-        qk_norm = QKNorm(config.head_dim, config.rms_norm_eps, build)
+        head_dim = config.layers[layer].attention.head_dim
+        qk_norm = QKNorm(head_dim, config.norm_eps, build)
         super().__init__(config, layer, build, rotary=rotary, qk_norm=qk_norm)
         self.qk_norm = qk_norm
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from octavo.config import AttentionConfig
 from octavo.layers import Attention, Build, Slot, StepContext
 from octavo.models import Model
 
@@ -23,7 +24,8 @@ class MockModel(Model):
         super().__init__()
         self._vocab_size = vocab_size
         # Declares one layer with one head of one value, which is all that is kept of a token.
-        self.attention = Attention(0, 1, 1, 2, Build("cpu", torch.float32))
+        shape = AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=2, scale=1.0, rope=None)
+        self.attention = Attention(shape, 0, Build("cpu", torch.float32))
 
     def slots(self) -> dict[str, Slot]:
         return {}

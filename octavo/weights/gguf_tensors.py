@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from octavo.config import Checkpoint, ModelConfig
+from octavo.config import AttentionConfig, Checkpoint, ModelConfig
 from octavo.errors import CheckpointError, UnsupportedModelError
 from octavo.weights.ggml_types import block_sizes, to_float
 from octavo.weights.loading import TensorStream
@@ -79,10 +79,10 @@ def open_gguf(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -
         if name in entries:
             raise CheckpointError(f"{path}: tensor {name!r} occurs twice, as {tensor.name!r} too")
         heads = _rotary_heads(name, config)
-        if heads is not None and tensor.shape[0] != heads * config.head_dim:
+        if heads is not None and tensor.shape[0] != heads * _attention(config).head_dim:
             raise CheckpointError(
                 f"{path}: tensor {tensor.name!r} has {tensor.shape[0]} rows, but the config asks "
-                f"for {heads} heads of {config.head_dim}"
+                f"for {heads} heads of {_attention(config).head_dim}"
             )
         entries[name] = _Entry(tensor.shape, tensor.ggml_type, tensor.offset, end, heads)
     in_order = sorted(entries.items(), key=lambda item: item[1].start)
@@ -123,5 +123,10 @@ def _hf_name(name: str) -> str:
 
 def _rotary_heads(name: str, config: ModelConfig) -> int | None:
     if ".q_proj." in name:
-        return config.num_heads
-    return config.num_kv_heads if ".k_proj." in name else None
+        return _attention(config).num_heads
+    return _attention(config).num_kv_heads if ".k_proj." in name else None
+
+
+def _attention(config: ModelConfig) -> AttentionConfig:
+    """The same in all layers, for the architectures whose rows are in another order."""
+    return config.layers[0].attention

@@ -7,7 +7,7 @@ import torch
 
 from octavo.cli import main
 from octavo.cli.explain import kernel_table, ranges
-from octavo.config import DeviceFacts, EngineOptions, ModelConfig, resolve
+from octavo.config import DeviceFacts, EngineOptions, model_config_from_hf, resolve
 from octavo.engine import build_engine
 from octavo.kernels import Choice
 from octavo.layers import KernelReport
@@ -34,7 +34,7 @@ def test_the_kernels_are_those_that_an_engine_reports(tmp_path, write, changes, 
 
 def test_no_weight_is_allocated_for_it():
     huge = {"vocab_size": 2**22, "hidden_size": 2**18, "num_attention_heads": 2**12}
-    model = ModelConfig.from_hf(TINY_CONFIG | huge | {"num_key_value_heads": 2**12})
+    model = model_config_from_hf(TINY_CONFIG | huge | {"num_key_value_heads": 2**12})
     facts = DeviceFacts("cpu", "a CPU", 1, 2**40, 2**40)
     config = resolve(EngineOptions.from_flat("huge", {}), model, facts)
     assert {report.choice.op for report in kernel_reports(config)} >= {"linear", "rms_norm"}

@@ -3,13 +3,13 @@
 import pytest
 from checkpoint_files import HF_CONFIG
 
-from octavo.config import DeviceFacts, EngineOptions, ModelConfig, resolve
+from octavo.config import DeviceFacts, EngineOptions, model_config_from_hf, resolve
 from octavo.engine.build import create_allocator
 from octavo.errors import ConfigError
 from octavo.kvcache import BuddyAllocator, ContiguousAllocator, PagedAllocator, PrefixAllocator
 
 FACTS = DeviceFacts("cpu", "a test", 1, 2**30, 2**30)
-MODEL = ModelConfig.from_hf(HF_CONFIG)
+MODEL = model_config_from_hf(HF_CONFIG)
 
 
 def resolved(**values):

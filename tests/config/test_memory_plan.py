@@ -5,9 +5,15 @@ import subprocess
 import pytest
 from checkpoint_files import HF_CONFIG
 
-from octavo.config import DeviceFacts, EngineOptions, ModelConfig, memory_plan, resolve
+from octavo.config import (
+    DeviceFacts,
+    EngineOptions,
+    model_config_from_hf,
+    planned_steps,
+    resolve,
+)
 from octavo.config.capacity import LengthClass, Pool, mix_capacity, parse_lengths
-from octavo.config.memory_plan import COMPILED_OPS, expected_ops, plan_memory
+from octavo.config.memory_plan import plan_memory
 from octavo.config.planned_devices import (
     CUDA_CONTEXT_BYTES,
     KNOWN_GPUS,
@@ -15,6 +21,7 @@ from octavo.config.planned_devices import (
     device_budget,
     planned_device,
 )
+from octavo.config.planned_steps import COMPILED_OPS, expected_ops
 from octavo.errors import ConfigError
 from octavo.kernels import (
     LINEAR,
@@ -64,7 +71,7 @@ QWEN3_0_6B = {
 
 def resolved(model, device="cpu-64gib", memory_gib=None, **options):
     facts, major = planned_device(device, memory_gib)
-    config = resolve(EngineOptions.from_flat("model", options), ModelConfig.from_hf(model), facts)
+    config = resolve(EngineOptions.from_flat("model", options), model_config_from_hf(model), facts)
     return config, facts, major
 
 
@@ -150,7 +157,9 @@ def test_gate_and_up_are_held_where_no_one_kernel_takes_them():
     moments = {moment.name: moment.num_bytes for moment in few.moments}
     assert moments["MLP"] == 1024 * 2 * (3 * 4096 + 3 * 14336)
     for rows, outputs in ((1024, 14336), (1025, 14336), (1025, 3072), (1366, 3072), (8192, 511)):
-        planned = rows > memory_plan.MOST_ROWS_APART and rows * outputs >= memory_plan.LEAST_RESULTS
+        planned = (
+            rows > planned_steps.MOST_ROWS_APART and rows * outputs >= planned_steps.LEAST_RESULTS
+        )
         assert planned == is_worth_one_kernel(rows, outputs)
 
 

@@ -4,7 +4,17 @@ import pytest
 from checkpoint_files import GGUF_METADATA, HF_CONFIG, write_gguf
 from checkpoint_files import hf_tensors as tensors_of
 
-from octavo.config import ModelConfig, RopeScaling, locate
+from octavo.config import (
+    AttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    ModelConfig,
+    Rope,
+    RopeScaling,
+    locate,
+    model_config_from_hf,
+    read_model_config,
+)
 from octavo.errors import CheckpointError, UnsupportedModelError
 
 LLAMA3 = {
@@ -16,27 +26,26 @@ LLAMA3 = {
 
 
 def read(**changes):
-    return ModelConfig.from_hf(HF_CONFIG | changes)
+    return model_config_from_hf(HF_CONFIG | changes)
+
+
+def rope_of(config):
+    [rope] = config.ropes
+    return rope
 
 
 def test_all_fields():
+    attention = AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=8, scale=8**-0.5, rope=Rope(10000.0, 8)
+    )
     assert read(bos_token_id=1, eos_token_id=2) == ModelConfig(
         architecture="llama",
         vocab_size=64,
         hidden_size=32,
-        intermediate_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=10000.0,
-        rope_scaling=None,
+        layers=(LayerConfig(attention, MLPConfig(64)),) * 2,
+        norm_eps=1e-5,
         max_position_embeddings=128,
         tie_word_embeddings=False,
-        attention_bias=False,
-        mlp_bias=False,
-        qk_norm=False,
         dtype="float32",
         bos_token_id=1,
         eos_token_ids=(2,),
@@ -54,35 +63,36 @@ def test_style_of_transformers_5(scaling):
         "rope_parameters": {"rope_theta": 5000.0, "rope_type": "default"} | scaling,
         "transformers_version": "5.23.0",
     }
-    config = ModelConfig.from_hf(written)
-    assert (config.rope_theta, config.head_dim, config.dtype) == (5000.0, 16, "bfloat16")
-    kind = scaling.get("rope_type")
-    assert (config.rope_scaling.kind if config.rope_scaling else None) == kind
+    config = model_config_from_hf(written)
+    rope = rope_of(config)
+    assert (rope.theta, rope.rotary_dim, config.dtype) == (5000.0, 16, "bfloat16")
+    assert (rope.scaling.kind if rope.scaling else None) == scaling.get("rope_type")
 
 
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_scaling_in_the_style_of_transformers_4(key):
-    assert read(rope_scaling={key: "linear", "factor": 4}).rope_scaling == RopeScaling("linear", 4)
-    config = read(rope_theta=7.0, rope_scaling={key: "llama3"} | LLAMA3)
-    assert config.rope_theta == 7.0
-    assert config.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 64)
-    assert read(rope_scaling={key: "default"}).rope_scaling is None
-    assert read(rope_scaling=None).rope_scaling is None
+    linear = read(rope_scaling={key: "linear", "factor": 4})
+    assert rope_of(linear).scaling == RopeScaling("linear", 4)
+    llama3 = read(rope_theta=7.0, rope_scaling={key: "llama3"} | LLAMA3)
+    assert rope_of(llama3) == Rope(7.0, 8, RopeScaling("llama3", 8.0, 1.0, 4.0, 64))
+    assert rope_of(read(rope_scaling={key: "default"})).scaling is None
+    assert rope_of(read(rope_scaling=None)).scaling is None
 
 
 def test_defaults():
     absent = ("num_key_value_heads", "torch_dtype", "rms_norm_eps", "rope_theta", "architectures")
-    config = ModelConfig.from_hf({k: v for k, v in HF_CONFIG.items() if k not in absent})
-    assert (config.num_kv_heads, config.dtype, config.rms_norm_eps) == (4, "float32", 1e-6)
-    assert (config.rope_theta, config.eos_token_ids, config.bos_token_id) == (10000.0, (), None)
+    config = model_config_from_hf({k: v for k, v in HF_CONFIG.items() if k not in absent})
+    num_kv_heads = config.layers[0].attention.num_kv_heads
+    assert (num_kv_heads, config.dtype, config.norm_eps) == (4, "float32", 1e-6)
+    assert (rope_of(config).theta, config.eos_token_ids, config.bos_token_id) == (10000.0, (), None)
 
 
 def test_eos_ids_of_both_configs():
     config = HF_CONFIG | {"eos_token_id": [2, 3]}
-    assert ModelConfig.from_hf(config, {"eos_token_id": [3, 5]}).eos_token_ids == (2, 3, 5)
-    assert ModelConfig.from_hf(config, {"eos_token_id": 7}).eos_token_ids == (2, 3, 7)
+    assert model_config_from_hf(config, {"eos_token_id": [3, 5]}).eos_token_ids == (2, 3, 5)
+    assert model_config_from_hf(config, {"eos_token_id": 7}).eos_token_ids == (2, 3, 7)
     with pytest.raises(CheckpointError, match="generation_config: eos_token_id"):
-        ModelConfig.from_hf(config, {"eos_token_id": 64})
+        model_config_from_hf(config, {"eos_token_id": 64})
 
 
 QWEN3_0_6B = {  # as it was published, with transformers 4.51
@@ -126,23 +136,22 @@ QWEN3_GENERATION = {
 
 
 def test_qwen3_as_it_was_published():
-    assert ModelConfig.from_hf(QWEN3_0_6B, QWEN3_GENERATION) == ModelConfig(
-        architecture="qwen3",
-        vocab_size=151936,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_layers=28,
+    attention = AttentionConfig(
         num_heads=16,
         num_kv_heads=8,
         head_dim=128,
-        rms_norm_eps=1e-6,
-        rope_theta=1e6,
-        rope_scaling=None,
+        scale=128**-0.5,
+        rope=Rope(1e6, 128),
+        qk_norm=True,
+    )
+    assert model_config_from_hf(QWEN3_0_6B, QWEN3_GENERATION) == ModelConfig(
+        architecture="qwen3",
+        vocab_size=151936,
+        hidden_size=1024,
+        layers=(LayerConfig(attention, MLPConfig(3072)),) * 28,
+        norm_eps=1e-6,
         max_position_embeddings=40960,
         tie_word_embeddings=True,
-        attention_bias=False,
-        mlp_bias=False,
-        qk_norm=True,
         dtype="bfloat16",
         bos_token_id=151643,
         eos_token_ids=(151645, 151643),
@@ -154,23 +163,24 @@ def test_qwen3_as_transformers_writes_and_reads_it(tmp_path):
 
     published = AutoConfig.for_model(**QWEN3_0_6B)
     published.save_pretrained(tmp_path)
-    written = ModelConfig.from_checkpoint(locate(str(tmp_path)))
-    assert written == ModelConfig.from_hf(QWEN3_0_6B)
+    written = read_model_config(locate(str(tmp_path)))
+    assert written == model_config_from_hf(QWEN3_0_6B)
     # A config that leaves head_dim out means what transformers takes for it.
     sparse = {key: QWEN3_0_6B[key] for key in QWEN3_0_6B if key != "head_dim"}
-    assert ModelConfig.from_hf(sparse).head_dim == AutoConfig.for_model(**sparse).head_dim == 128
+    head_dim = model_config_from_hf(sparse).layers[0].attention.head_dim
+    assert head_dim == AutoConfig.for_model(**sparse).head_dim == 128
 
 
 def test_windows_of_qwen3_count_only_where_they_are_switched_on():
-    ModelConfig.from_hf(QWEN3_0_6B | {"sliding_window": 4096})
-    ModelConfig.from_hf(QWEN3_0_6B | {"layer_types": ["full_attention"] * 28})
+    model_config_from_hf(QWEN3_0_6B | {"sliding_window": 4096})
+    model_config_from_hf(QWEN3_0_6B | {"layer_types": ["full_attention"] * 28})
     for changes, message in (
         ({"use_sliding_window": True, "sliding_window": 4096}, "use_sliding_window=True"),
         ({"layer_types": ["full_attention", "sliding_attention"] * 14}, "layer_types=.*only 'full"),
         ({"layer_types": "full_attention"}, "layer_types='full_attention'"),
     ):
         with pytest.raises(UnsupportedModelError, match=message):
-            ModelConfig.from_hf(QWEN3_0_6B | changes)
+            model_config_from_hf(QWEN3_0_6B | changes)
 
 
 @pytest.mark.parametrize(
@@ -248,16 +258,16 @@ def test_damaged_values_are_named(changes, message):
 def test_gguf_config_reads_as_the_same_model(tmp_path):
     embedding = {"token_embd.weight": tensors_of()["model.embed_tokens.weight"].numpy()}
     path = write_gguf(tmp_path / "tiny.gguf", GGUF_METADATA, embedding)
-    config = ModelConfig.from_checkpoint(locate(str(path)))
-    expected = read(tie_word_embeddings=True, rms_norm_eps=config.rms_norm_eps)
+    config = read_model_config(locate(str(path)))
+    expected = read(tie_word_embeddings=True, rms_norm_eps=config.norm_eps)
     assert config == expected
-    assert config.rms_norm_eps == pytest.approx(1e-5)
+    assert config.norm_eps == pytest.approx(1e-5)
 
 
 def test_gguf_of_another_architecture_is_refused_by_name(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", {}, {}, architecture="gemma2")
     with pytest.raises(UnsupportedModelError, match="gemma2"):
-        ModelConfig.from_checkpoint(locate(str(path)))
+        read_model_config(locate(str(path)))
 
 
 def test_gguf_of_an_architecture_that_is_read_from_safetensors_only(tmp_path):
@@ -265,7 +275,7 @@ def test_gguf_of_an_architecture_that_is_read_from_safetensors_only(tmp_path):
     embedding = {"token_embd.weight": tensors_of()["model.embed_tokens.weight"].numpy()}
     path = write_gguf(tmp_path / "tiny.gguf", metadata, embedding, architecture="qwen3")
     with pytest.raises(UnsupportedModelError, match="'qwen3' are not supported, only of llama"):
-        ModelConfig.from_checkpoint(locate(str(path)))
+        read_model_config(locate(str(path)))
 
 
 @pytest.mark.model
@@ -276,6 +286,6 @@ def test_default_model_reads_as_transformers_reads_it():
     reference = LlamaConfig.from_pretrained(
         checkpoint.path.parent, gguf_file=checkpoint.path.name
     ).to_dict()
-    ours = ModelConfig.from_checkpoint(checkpoint)
-    theirs = ModelConfig.from_hf(reference | {"dtype": "bfloat16"})
+    ours = read_model_config(checkpoint)
+    theirs = model_config_from_hf(reference | {"dtype": "bfloat16"})
     assert ours == theirs

@@ -20,8 +20,8 @@ from octavo.config import (
     DeviceFacts,
     DeviceOptions,
     EngineOptions,
-    ModelConfig,
     locate,
+    read_model_config,
     resolve,
 )
 from octavo.engine.build import load_model
@@ -92,7 +92,7 @@ def _use(path: Path, stages: tuple[str, ...]) -> str:
             cache=CacheOptions(kv_cache_memory_bytes=2**22),
             device=DeviceOptions(device="cpu"),
         )
-        config = resolve(options, ModelConfig.from_checkpoint(checkpoint), FACTS)
+        config = resolve(options, read_model_config(checkpoint), FACTS)
         load_model(checkpoint, config)
     return _talk(checkpoint, path) if "text" in stages else "loaded"
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.config import ModelConfig
+from octavo.config import model_config_from_hf
 from octavo.kernels import AttentionBatch, reference_only
 from octavo.layers import Build, StepContext, finish_layers, kv_specs
 from octavo.models import create_model
@@ -14,7 +14,7 @@ from octavo.weights import dummy_tensors, load_weights
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_the_first_and_the_last_block_run_and_the_model_stays_whole(num_layers):
-    config = ModelConfig.from_hf(TINY_CONFIG | {"num_hidden_layers": num_layers})
+    config = model_config_from_hf(TINY_CONFIG | {"num_hidden_layers": num_layers})
     with reference_only():
         model = create_model(config, Build("cpu", torch.float32), max_positions=64)
         load_weights(model.slots(), dummy_tensors(model.slots(), dtype=torch.float32))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.config import RopeScaling
+from octavo.config import AttentionConfig, Rope, RopeScaling
 from octavo.errors import ConfigError
 from octavo.layers import Attention, Build, Linear, QKNorm, Rotary, finish_layers
 from octavo.layers.rotary import rotary_frequencies
@@ -89,19 +89,20 @@ def test_rotary_frequencies_are_those_of_transformers(scaling, parameters):
     )
     expected = LlamaRotaryEmbedding(config).inv_freq
     torch.testing.assert_close(
-        rotary_frequencies(128, 500000.0, scaling), expected, rtol=1e-6, atol=0
+        rotary_frequencies(Rope(500000.0, 128, scaling)), expected, rtol=1e-6, atol=0
     )
 
 
 def test_attention_takes_the_op_that_does_all_of_its_write():
     build = Build("cpu", torch.float32)
-    rotary, norm = Rotary(16, 8, build, theta=1e4), QKNorm(16, 1e-6, build)
+    shape = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, rope=None)
+    rotary, norm = Rotary(Rope(1e4, 16), 8, build), QKNorm(16, 1e-6, build)
     for options, op in (
         ({}, "kv_write"),
         ({"rotary": rotary}, "rotary_kv_write"),
         ({"rotary": rotary, "qk_norm": norm}, "qk_norm_rotary_kv_write"),
     ):
-        choices = Attention(0, 4, 2, 16, build, **options).finish()
+        choices = Attention(shape, 0, build, **options).finish()
         assert [choice.op for choice in choices] == [op, "paged_attention"]
     with pytest.raises(ValueError, match="without a rotation"):
-        Attention(0, 4, 2, 16, build, qk_norm=norm)
+        Attention(shape, 0, build, qk_norm=norm)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.config import ModelConfig
+from octavo.config import model_config_from_hf
 from octavo.kernels import AttentionBatch, reference_only
 from octavo.layers import Build, StepContext, finish_layers, kv_specs
 from octavo.models import create_model
@@ -14,7 +14,7 @@ from octavo.weights import dummy_tensors, load_weights
 
 @pytest.mark.parametrize("wanted", [[], [0], [7, 3], [9, 9, 0], list(range(10))], ids=str)
 def test_a_wanted_token_has_the_hidden_state_that_it_has_among_all(wanted):
-    config = ModelConfig.from_hf(TINY_CONFIG)
+    config = model_config_from_hf(TINY_CONFIG)
     with reference_only():
         model = create_model(config, Build("cpu", torch.float32), max_positions=64)
         load_weights(model.slots(), dummy_tensors(model.slots(), dtype=torch.float32))

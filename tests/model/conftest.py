@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from octavo import LLM
-from octavo.config import DEFAULT_MODEL, ModelConfig, locate
+from octavo.config import DEFAULT_MODEL, locate, read_model_config
 from octavo.weights import read_tensors
 
 
@@ -21,7 +21,7 @@ def reference(tmp_path_factory):
     from transformers import AutoModelForCausalLM
 
     checkpoint = locate(DEFAULT_MODEL)
-    config = ModelConfig.from_checkpoint(checkpoint)
+    config = read_model_config(checkpoint)
     directory = tmp_path_factory.mktemp("plain")
     tensors = dict(read_tensors(checkpoint, config, dtype=torch.float32))
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -5,7 +5,7 @@ import torch
 from prompts import PROMPTS
 
 from octavo import LLM, SamplingParams
-from octavo.config import DEFAULT_MODEL, ModelConfig, locate
+from octavo.config import DEFAULT_MODEL, locate, read_model_config
 from octavo.kernels import AttentionBatch
 from octavo.layers import Build, StepContext, finish_layers, kv_specs
 from octavo.models import create_model
@@ -66,7 +66,7 @@ def test_transformers_generate_gives_the_same_text(reference, prompts, batched):
 @torch.inference_mode()
 def test_first_token_logits_are_within_a_thousandth(reference, prompts):
     checkpoint = locate(DEFAULT_MODEL)
-    config = ModelConfig.from_checkpoint(checkpoint)
+    config = read_model_config(checkpoint)
     model = create_model(config, Build("cpu", torch.float32), max_positions=2048)
     load_weights(model.slots(), read_tensors(checkpoint, config, dtype=torch.float32))
     finish_layers(model)

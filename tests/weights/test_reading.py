@@ -18,11 +18,11 @@ from checkpoint_files import (
 from gguf import GGMLQuantizationType
 from safetensors.torch import save_file
 
-from octavo.config import Checkpoint, ModelConfig, locate
+from octavo.config import Checkpoint, locate, model_config_from_hf
 from octavo.errors import CheckpointError, UnsupportedModelError
 from octavo.weights.reading import open_tensors as read_tensors
 
-CONFIG = ModelConfig.from_hf(HF_CONFIG)
+CONFIG = model_config_from_hf(HF_CONFIG)
 TENSORS = hf_tensors()
 F32 = torch.float32
 

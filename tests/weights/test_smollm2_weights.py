@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from octavo.config import ModelConfig, locate
+from octavo.config import locate, read_model_config
 from octavo.weights import read_tensors
 
 pytestmark = pytest.mark.model
@@ -13,7 +13,7 @@ def test_weights_equal_those_of_transformers():
     from transformers import AutoModelForCausalLM  # slow to import
 
     checkpoint = locate("smollm2-135m-instruct")
-    config = ModelConfig.from_checkpoint(checkpoint)
+    config = read_model_config(checkpoint)
     reference = AutoModelForCausalLM.from_pretrained(
         checkpoint.path.parent, gguf_file=checkpoint.path.name, dtype=torch.float32
     ).state_dict()
