@@ -42,7 +42,14 @@ BUILT_IN = (
         "octavo.models.llama:Llama",
         gguf_names=("llama",),
     ),
-    Architecture("qwen3", "Qwen3ForCausalLM", "qwen3", read_qwen3, "octavo.models.qwen3:Qwen3"),
+    Architecture(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        "qwen3",
+        read_qwen3,
+        "octavo.models.qwen3:Qwen3",
+        gguf_names=("qwen3",),
+    ),
 )
 
 
@@ -83,13 +90,19 @@ def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
         config = model_config_from_hf(written, generation_config)
     except ModelError as error:
         raise type(error)(f"{checkpoint.path}: {error}") from error
-    if checkpoint.kind == "gguf" and not architectures()[config.architecture].gguf_names:
+    if checkpoint.kind == "gguf":
+        _refuse_unknown_names(checkpoint, architectures()[config.architecture])
+    return config
+
+
+def _refuse_unknown_names(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    written_as = checkpoint.gguf.metadata.get("general.architecture")
+    if written_as not in architecture.gguf_names:
         known = (name for one in architectures().values() for name in one.gguf_names)
         raise UnsupportedModelError(
-            f"{checkpoint.path}: GGUF files of {config.architecture!r} are not supported, only "
-            f"of {', '.join(known)}; take the model's safetensors"
+            f"{checkpoint.path}: GGUF files of {short(written_as)} are not supported, only of "
+            f"{', '.join(known)}; take the model's safetensors"
         )
-    return config
 
 
 def model_config_from_hf(

@@ -1,11 +1,10 @@
 """The tensors of a GGUF file under their Hugging Face names and in their Hugging Face order.
 
-Owns llama.cpp's names and its order of rotary rows. Every position and size is checked against
-the file before anything is read. Number formats are `ggml_types`' business.
+Every position and size is checked against the file before anything is read. Number formats are
+`ggml_types`' business, and what llama.cpp's converter did is written in `gguf_layouts`.
 """
 
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -15,23 +14,11 @@ from torch import Tensor
 from octavo.config import AttentionConfig, Checkpoint, ModelConfig
 from octavo.errors import CheckpointError, UnsupportedModelError
 from octavo.weights.ggml_types import block_sizes, to_float
+from octavo.weights.gguf_layouts import LAYOUTS
 from octavo.weights.loading import TensorStream
 
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 # Factors of the rotary frequencies: `Checkpoint.config` has read them into the config.
 SKIPPED = {"rope_freqs.weight"}
-LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +30,7 @@ class _Entry:
     start: int  # bytes from the beginning of the file
     end: int
     num_heads: int | None  # set where the rows are in llama.cpp's rotary order
+    offset: float  # what the converter added
 
 
 def open_gguf(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -> TensorStream:
@@ -53,6 +41,7 @@ def open_gguf(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -
         UnsupportedModelError: a number format that cannot be unpacked.
     """
     path = checkpoint.path
+    layout = LAYOUTS[str(checkpoint.gguf.metadata["general.architecture"])]
     entries: dict[str, _Entry] = {}
     for tensor in checkpoint.gguf.tensors.values():
         if tensor.name in SKIPPED:
@@ -75,16 +64,17 @@ def open_gguf(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -
                 f"{path}: tensor {tensor.name!r} ends at byte {end}, but the file has "
                 f"{checkpoint.gguf.num_file_bytes} bytes: it is truncated"
             )
-        name = _hf_name(tensor.name)
+        name = layout.hf_name(tensor.name)
         if name in entries:
             raise CheckpointError(f"{path}: tensor {name!r} occurs twice, as {tensor.name!r} too")
-        heads = _rotary_heads(name, config)
+        heads = _rotary_heads(name, config) if layout.pairs_are_neighbours else None
         if heads is not None and tensor.shape[0] != heads * _attention(config).head_dim:
             raise CheckpointError(
                 f"{path}: tensor {tensor.name!r} has {tensor.shape[0]} rows, but the config asks "
                 f"for {heads} heads of {_attention(config).head_dim}"
             )
-        entries[name] = _Entry(tensor.shape, tensor.ggml_type, tensor.offset, end, heads)
+        offset = layout.norm_offset if name.endswith("norm.weight") else 0.0
+        entries[name] = _Entry(tensor.shape, tensor.ggml_type, tensor.offset, end, heads, offset)
     in_order = sorted(entries.items(), key=lambda item: item[1].start)
     for (name, entry), (next_name, next_entry) in itertools.pairwise(in_order):
         if entry.end > next_entry.start:
@@ -102,7 +92,11 @@ def open_gguf(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype) -
 
 
 def _read_entry(file: Tensor, entry: _Entry, dtype: torch.dtype) -> Tensor:
-    flat = to_float(file[entry.start : entry.end], entry.ggml_type, dtype)
+    data = file[entry.start : entry.end]
+    if entry.offset:  # taken off before the numbers are rounded
+        numbers = to_float(data, entry.ggml_type, torch.float32) - entry.offset
+        return numbers.to(dtype).view(entry.shape)
+    flat = to_float(data, entry.ggml_type, dtype)
     if entry.num_heads is None:
         return flat.view(entry.shape)
     # llama.cpp rotates neighbours (0, 1), (2, 3)...; Hugging Face rotates the first half of a head
@@ -110,15 +104,6 @@ def _read_entry(file: Tensor, entry: _Entry, dtype: torch.dtype) -> Tensor:
     num_pairs = entry.shape[0] // entry.num_heads // 2
     pairs = flat.view(entry.num_heads, num_pairs, 2, *entry.shape[1:])
     return pairs.transpose(1, 2).reshape(entry.shape)
-
-
-def _hf_name(name: str) -> str:
-    """The Hugging Face name; a name that is not known stays, for the model to refuse."""
-    layer = LAYER.fullmatch(name)
-    if layer and layer[2] in LAYER_NAMES:
-        return f"model.layers.{layer[1]}.{LAYER_NAMES[layer[2]]}.{layer[3]}"
-    stem, _, leaf = name.rpartition(".")
-    return f"{NAMES[stem]}.{leaf}" if stem in NAMES else name
 
 
 def _rotary_heads(name: str, config: ModelConfig) -> int | None:

@@ -270,14 +270,6 @@ def test_gguf_of_another_architecture_is_refused_by_name(tmp_path):
         read_model_config(locate(str(path)))
 
 
-def test_gguf_of_an_architecture_that_is_read_from_safetensors_only(tmp_path):
-    metadata = {key.replace("llama.", "qwen3."): value for key, value in GGUF_METADATA.items()}
-    embedding = {"token_embd.weight": tensors_of()["model.embed_tokens.weight"].numpy()}
-    path = write_gguf(tmp_path / "tiny.gguf", metadata, embedding, architecture="qwen3")
-    with pytest.raises(UnsupportedModelError, match="'qwen3' are not supported, only of llama"):
-        read_model_config(locate(str(path)))
-
-
 @pytest.mark.model
 def test_default_model_reads_as_transformers_reads_it():
     from transformers import LlamaConfig  # slow to import
