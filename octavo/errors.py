@@ -9,8 +9,10 @@
     ├── RequestError             one request is wrong; nothing else is affected
     │   ├── ContextLengthError   prompt + output exceed the model's context
     │   ├── CapacityError        the request can never fit the KV pool
+    │   ├── InvalidImageError    an image or video is damaged, too large or of no known format
     │   └── UnknownModelError    the request names a model that is not served
     ├── OverloadedError          the queue is full; the same request may succeed later
+    │   └── SleepingError        the engine sleeps; the same request succeeds once it is woken
     ├── EngineDeadError          the engine process is gone; nothing will succeed until a restart
     └── IntegrityError           a structure's own recount disagrees with it: a bug of ours
 
@@ -28,7 +30,12 @@ class ConfigError(OctavoError):
 
 
 class ModelError(OctavoError):
-    """A model cannot be found, read or run."""
+    """A model cannot be found, read or run.
+
+    `field` names the entry of the config that is wrong, where it is one.
+    """
+
+    field: str | None = None
 
 
 class ModelNotFoundError(ModelError):
@@ -71,6 +78,12 @@ class CapacityError(RequestError):
     code = "kv_capacity_exceeded"
 
 
+class InvalidImageError(RequestError):
+    """An image or a video of the request is damaged, too large or in no format that is read."""
+
+    code = "invalid_image"
+
+
 class UnknownModelError(RequestError):
     """The request names a model that is not served here."""
 
@@ -83,6 +96,10 @@ class OverloadedError(OctavoError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0):
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class SleepingError(OverloadedError):
+    """The engine sleeps, or is on the way there or back."""
 
 
 class EngineDeadError(OctavoError):

@@ -1,8 +1,11 @@
 """The nouns of Octavo. Pure data and arithmetic: no torch, no HTTP, no files."""
 
-from octavo.core.events import EngineStats, RequestEvent, RequestStatus
+from octavo.core.events import EngineStats, RequestEvent, RequestStatus, SleepReport
+from octavo.core.failure import FailureCode
+from octavo.core.images import NO_IMAGES, ImageInput, Picture, SeenImages
 from octavo.core.plan import (
     NewSequence,
+    Reading,
     SampledTokens,
     ScheduledTokens,
     StepPlan,
@@ -11,8 +14,17 @@ from octavo.core.plan import (
     TokenLogprobs,
     Transfer,
 )
-from octavo.core.protocols import Clock, Executor, Launch, PendingResult, SystemClock
+from octavo.core.pooling import POOLING_TYPES, SCORE, PoolingParams, PoolingType
+from octavo.core.protocols import (
+    Clock,
+    Executor,
+    Launch,
+    PendingResult,
+    Sleeper,
+    SystemClock,
+)
 from octavo.core.request import (
+    NO_TOKENS,
     FinishReason,
     Request,
     RequestOptions,
@@ -31,21 +43,33 @@ from octavo.core.sequence import (
     Swapped,
 )
 from octavo.core.structured import Grammars, Matcher, StructuredOutputsParams
+from octavo.core.tasks import ModelTasks
 
 __all__ = [
     "FINISHED",
+    "NO_IMAGES",
+    "NO_TOKENS",
+    "POOLING_TYPES",
     "RUNNING",
+    "SCORE",
     "WAITING",
     "Clock",
     "EngineStats",
     "Executor",
+    "FailureCode",
     "FinishReason",
     "Fork",
     "Grammars",
+    "ImageInput",
     "Launch",
     "Matcher",
+    "ModelTasks",
     "NewSequence",
     "PendingResult",
+    "Picture",
+    "PoolingParams",
+    "PoolingType",
+    "Reading",
     "Request",
     "RequestEvent",
     "RequestOptions",
@@ -53,8 +77,11 @@ __all__ = [
     "SampledTokens",
     "SamplingParams",
     "ScheduledTokens",
+    "SeenImages",
     "Sequence",
     "SequenceStatus",
+    "SleepReport",
+    "Sleeper",
     "StepPlan",
     "StepResult",
     "StructuredOutputsParams",

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from octavo.core.failure import FailureCode
 from octavo.core.plan import TokenLogprobs
 from octavo.core.request import FinishReason
 
@@ -14,7 +15,10 @@ class RequestEvent(msgspec.Struct, frozen=True, omit_defaults=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of `token_ids` when asked for
     finish_reason: FinishReason | None = None
     error: str | None = None  # with finish_reason "error"
-    # With the first token:
+    error_code: FailureCode = FailureCode.GENERATION_FAILED  # of `error`, where there is one
+    # With the first token, or the end where there is none:
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # of all prompt tokens but the first
+    vector: bytes = b""  # the pooled prompt, float32
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
     queue_time_s: float = 0.0  # from arrival to the first step that the request was in
     prefill_time_s: float = 0.0  # from that step to this event
@@ -50,3 +54,15 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_prefix_hits: int = 0  # and those found there
     num_transfers: dict[str, int] = {}  # KV blocks copied since start, by "source_to_target" tier
     waiting_by_reason: dict[str, int] = {}  # who waits, by the constraint that binds them
+
+
+class SleepReport(msgspec.Struct, frozen=True):
+    """What an engine gave up when it fell asleep. Bytes by its own books, but for `freed_bytes`."""
+
+    level: int
+    kv_cache_bytes: int  # of all KV blocks, on the device and on the host
+    weight_bytes: int  # that left the device
+    host_weight_bytes: int  # that they take on the host meanwhile
+    freed_bytes: int  # as measured: of torch's memory on a GPU, of resident memory on a CPU
+    seconds: float
+    note: str = ""  # what stayed, and why

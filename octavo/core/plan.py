@@ -9,6 +9,9 @@ import enum
 
 import msgspec
 
+from octavo.core.failure import FailureCode
+from octavo.core.images import ImageInput, Picture
+from octavo.core.pooling import PoolingParams
 from octavo.core.sampling import SamplingParams
 
 
@@ -43,6 +46,11 @@ class NewSequence(msgspec.Struct, frozen=True):
     stop_ids: frozenset[int]  # masked until `sampling.min_tokens` are out
     num_logprobs: int | None = None  # report the likeliest tokens, so many of them
     banned: tuple[tuple[int, ...], ...] = ()  # sequences that must not be completed
+    # What else than draws is made of the prompt's hidden states:
+    num_prompt_logprobs: int | None = None  # score its tokens; report the likeliest, so many
+    num_scored_tokens: int = 0  # those that were scored before preemption: not again
+    pooling: PoolingParams | None = None
+    images: tuple[ImageInput, ...] = ()
 
 
 class ScheduledTokens(msgspec.Struct, frozen=True):
@@ -69,6 +77,8 @@ class StepPlan(msgspec.Struct, frozen=True):
     scheduled: tuple[ScheduledTokens, ...]
     dropped: tuple[str, ...]  # finished, aborted or preempted since the last plan: forget them
     transfers: tuple[Transfer, ...] = ()  # to be done in this order, before any token is computed
+    forgotten_images: tuple[str, ...] = ()  # contents whose rows are to be dropped, known or not
+    pictures: tuple[Picture, ...] = ()  # to be encoded and kept, before any token is computed
 
     @property
     def num_tokens(self) -> int:
@@ -99,6 +109,17 @@ class SampledTokens(msgspec.Struct, frozen=True):
     logprobs: tuple[TokenLogprobs, ...] | None = None  # one for each of `token_ids` when asked for
     draft_ids: tuple[int, ...] = ()  # guesses of what follows, for a later step to check
     error: str | None = None  # set: this sequence failed (NaN logits, say); others are unaffected
+    error_code: FailureCode = FailureCode.GENERATION_FAILED
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """What a step made of a prompt's hidden states besides draws."""
+
+    sequence_id: str
+    start: int = 1  # index in the prompt of the first token that is scored
+    scores: tuple[TokenLogprobs, ...] = ()  # of this token and those after it
+    vector: bytes = b""  # the pooled prompt, float32; with the step of the last prompt token
+    error: str | None = None  # set: the hidden states are not finite; others are unaffected
 
 
 class StepResult(msgspec.Struct, frozen=True):
@@ -108,3 +129,4 @@ class StepResult(msgspec.Struct, frozen=True):
     sampled: tuple[SampledTokens, ...]
     failed_transfers: tuple[int, ...] = ()  # indices into the plan's: these contents are lost
     transfer_s: float = 0.0  # seconds of those between device and host
+    readings: tuple[Reading, ...] = ()  # of those that asked for more than draws

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+from octavo.core.events import SleepReport
 from octavo.core.plan import StepPlan, StepResult
 
 
@@ -17,6 +18,16 @@ class Executor(Protocol):
     """Whatever turns a plan into sampled tokens: a model on a device, or a fake."""
 
     def execute(self, plan: StepPlan) -> StepResult: ...
+
+
+class Sleeper(Protocol):
+    """Holds the model of an executor: gives its memory up and back, and tells what it counted."""
+
+    def sleep(self, level: int) -> SleepReport: ...
+
+    def wake_up(self) -> None: ...
+
+    def expert_tokens(self) -> dict[str, list[int]]: ...
 
 
 class PendingResult(Protocol):

@@ -6,11 +6,16 @@ from collections.abc import Sequence as SequenceOf
 
 import msgspec
 
+from octavo.core.images import NO_IMAGES, SeenImages
+from octavo.core.pooling import PoolingParams
 from octavo.core.sampling import SamplingParams
 from octavo.errors import ContextLengthError, RequestError
 
 MAX_SALT_CHARS = 256
 MAX_PRIORITY = 2**31
+MAX_DEADLINE_MS = 2**31
+
+NO_TOKENS = SamplingParams(max_tokens=0, detokenize=False)
 
 
 class FinishReason(enum.StrEnum):
@@ -30,7 +35,8 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     priority: lower goes first under the policy "priority".
     tenant: whose share of the engine this uses under the policy "fair".
     deadline_ms: the first token is wanted within this time of arrival; the policy "deadline" serves
-        the nearest first, and a request that cannot make it is refused at once.
+        the nearest first, a request that cannot make it is refused at once, and one that has not
+        begun by then ends with `FailureCode.DEADLINE_EXCEEDED`.
     """
 
     cache_salt: str | None = None
@@ -50,14 +56,20 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"priority must be an integer in -{MAX_PRIORITY}..{MAX_PRIORITY}", param="priority"
             )
         deadline = self.deadline_ms
-        if deadline is not None and (not isinstance(deadline, int) or deadline < 1):
-            raise RequestError("deadline_ms must be a positive integer", param="deadline_ms")
+        if deadline is not None and not (
+            isinstance(deadline, int) and 0 < deadline <= MAX_DEADLINE_MS
+        ):
+            raise RequestError(
+                f"deadline_ms must be an integer in 1..{MAX_DEADLINE_MS}", param="deadline_ms"
+            )
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. Built once by the front end and never changed.
 
-    `seed` is what draws are made from; `SamplingParams.seed` is only what the user asked for.
+    `seed` is what draws are made from; `SamplingParams.seed` is only what the user asked for. With
+    `pooling` the prompt becomes a vector; nothing is generated, and `sampling` is `NO_TOKENS`.
+    Of all the answers to one prompt the first alone brings the pictures.
     """
 
     request_id: str
@@ -67,6 +79,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     options: RequestOptions = RequestOptions()
     banned: tuple[tuple[int, ...], ...] = ()  # of `sampling.bad_words`
+    pooling: PoolingParams | None = None
+    images: SeenImages = NO_IMAGES
 
     @property
     def cache_extras(self) -> tuple[str, ...]:
@@ -131,16 +145,18 @@ def check_sampling_ids(sampling: SamplingParams, *, vocab_size: int) -> None:
 def resolve_max_tokens(num_prompt_tokens: int, max_tokens: int | None, max_model_len: int) -> int:
     """The number of tokens a request may generate.
 
-    None means "as many as fit". An explicit number must fit: nothing is cut silently.
+    None means "as many as fit". An explicit number must fit: nothing is cut silently. With 0 the
+    prompt may fill the context.
 
     Raises:
         ContextLengthError: prompt, or prompt and `max_tokens`, exceed the context.
     """
     room = max_model_len - num_prompt_tokens
-    if room < 1:
+    if room < min(1, 1 if max_tokens is None else max_tokens):
+        new = "" if max_tokens == 0 else ", which must hold the prompt and at least one new token"
         raise ContextLengthError(
             f"the prompt has {num_prompt_tokens} tokens, but this model's maximum context length is"
-            f" {max_model_len} tokens, which must hold the prompt and at least one new token",
+            f" {max_model_len} tokens{new}",
             param="prompt",
         )
     if max_tokens is None:

@@ -38,9 +38,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop, stop_token_ids: strings and ids that end the answer; strings are cut from the text unless
         `include_stop_str_in_output`.
     ignore_eos: go on past the model's end-of-sequence tokens.
-    max_tokens: upper bound of generated tokens; None means up to the model's context.
+    max_tokens: upper bound of generated tokens; None means up to the model's context, 0 that the
+        prompt is only computed: to be scored, or to be found in the prefix cache.
     min_tokens: end-of-sequence and stop ids cannot be drawn before this many tokens.
     logprobs: report log-probabilities of the drawn token and of this many likeliest ones.
+    prompt_logprobs: report those of each prompt token but the first, and of this many likeliest
+        ones in its place, of the distribution that the model gives after the tokens before it.
+        The whole prompt is computed then: nothing of it is taken from the prefix cache.
     logit_bias: added to the logits of these token ids.
     allowed_token_ids: if given, nothing else can be drawn.
     bad_words: the last token of each of these words is not drawn where it would complete the word.
@@ -67,6 +71,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -132,8 +137,9 @@ def _check_integers(params: SamplingParams) -> None:
         "min_tokens": (0, INT64_MAX),
     }
     optional_bounds: dict[str, tuple[int, int]] = {
-        "max_tokens": (1, INT64_MAX),
+        "max_tokens": (0, INT64_MAX),
         "logprobs": (0, MAX_LOGPROBS),
+        "prompt_logprobs": (0, MAX_LOGPROBS),
         "beam_width": (1, MAX_BEAMS),
         "seed": (-(2**63), INT64_MAX),
     }
@@ -229,10 +235,13 @@ def _check_beams(params: SamplingParams) -> None:
         "bad_words": bool(params.bad_words),
         "stop": bool(params.stop_strings),
         "logprobs": params.logprobs is not None,
+        "prompt_logprobs": params.prompt_logprobs is not None,
+        "max_tokens=0": params.max_tokens == 0,
     }
     for name, is_given in shaped.items():
         if is_given:
-            raise RequestError(f"{name} cannot be combined with use_beam_search", param=name)
+            message = f"{name} cannot be combined with use_beam_search"
+            raise RequestError(message, param=name.partition("=")[0])
 
 
 def _check_structured_outputs(params: SamplingParams) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from octavo.core.plan import ScheduledTokens
+from octavo.core.plan import ScheduledTokens, TokenLogprobs
 from octavo.core.request import FinishReason, Request
+from octavo.errors import IntegrityError
 
 
 class SequenceStatus(enum.Enum):
@@ -58,13 +59,16 @@ class Sequence:
         "block_ids",
         "block_keys",
         "deadline_s",
+        "draws",
         "draft_ids",
         "finish_reason",
         "first_scheduled_s",
         "fork",
         "id",
+        "images",
         "is_beam",
         "is_known",
+        "max_num_computed_tokens",
         "max_num_tokens",
         "min_num_tokens",
         "num_cached_tokens",
@@ -74,14 +78,19 @@ class Sequence:
         "num_named_blocks",
         "num_pending_tokens",
         "num_preemptions",
+        "num_prompt_logprobs",
         "num_prompt_tokens",
+        "pictures",
         "request",
+        "scores",
         "shares_blocks",
         "status",
         "stop_ids",
         "swapped",
         "token_ids",
         "valid_from_step",
+        "vector",
+        "waits_for_results",
     )
 
     def __init__(self, request: Request, max_tokens: int, *, arrival_s: float, arrival: int = 0):
@@ -94,12 +103,23 @@ class Sequence:
         self.deadline_s = math.inf if deadline_ms is None else arrival_s + deadline_ms / 1e3
         self.token_ids: list[int] = list(request.prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        seen = request.images.salted(request.options.cache_salt)
+        self.images = seen.places
+        self.pictures = {picture.key: picture for picture in seen.pictures}
         self.max_num_tokens = self.num_prompt_tokens + max_tokens
+        self.draws = max_tokens > 0
+        # The last token that is drawn is never computed.
+        self.max_num_computed_tokens = self.max_num_tokens - self.draws
         self.min_num_tokens = self.num_prompt_tokens + request.sampling.min_tokens
         self.stop_ids = request.stop_ids
         self.num_logprobs = request.sampling.logprobs
+        self.num_prompt_logprobs = request.sampling.prompt_logprobs
+        self.scores: list[TokenLogprobs] = []  # of the prompt's tokens after the first
+        self.vector = b""  # the pooled prompt, as soon as it is computed
         self.fork: Fork | None = None
         self.is_beam = request.sampling.use_beam_search
+        # What follows a result is decided with it, even where there were no drafts.
+        self.waits_for_results = self.is_beam or not self.draws
         self.draft_ids: SequenceOf[int] = ()  # guesses of what follows `token_ids`
         self.num_computed_tokens = 0
         self.num_committed_tokens = 0  # of the computed ones: their step's result was read
@@ -132,11 +152,11 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """What the scheduling rule wants to run. The very last token is never computed."""
+        """What the scheduling rule wants to run."""
         if self.awaits_result:
             return 0
         num_tokens = len(self.token_ids) + self.num_pending_tokens + len(self.draft_ids)
-        limit = self.max_num_tokens - 1
+        limit = self.max_num_computed_tokens
         return (num_tokens if num_tokens < limit else limit) - self.num_computed_tokens
 
     @property
@@ -144,6 +164,36 @@ class Sequence:
         """Whether prompt tokens, or after preemption known output tokens, are still to be run."""
         num_uncomputed = self.num_uncomputed_tokens - len(self.draft_ids)
         return num_uncomputed > 1 or self.num_computed_tokens < self.num_prompt_tokens
+
+    @property
+    def num_reusable_tokens(self) -> int:
+        """Leading tokens whose KV may come from a cache: nobody needs their hidden states any more.
+
+        At least the last token is computed, for its logits are needed.
+        """
+        pooling = self.request.pooling
+        if pooling is not None and pooling.reads_all_tokens:
+            return 0
+        if self.awaits_scores:
+            return len(self.scores)
+        return len(self.token_ids) - 1
+
+    @property
+    def awaits_scores(self) -> bool:
+        """Whether prompt tokens are still to be scored."""
+        return (
+            self.num_prompt_logprobs is not None and len(self.scores) < self.num_prompt_tokens - 1
+        )
+
+    @property
+    def is_over_without_draws(self) -> bool:
+        """Whether the prompt is computed, and that is all that was asked for."""
+        return not self.draws and self.num_committed_tokens == self.num_prompt_tokens
+
+    @property
+    def end_without_draws(self) -> FinishReason:
+        """Why it is over then: the vector is there, or the limit of no tokens is reached."""
+        return FinishReason.LENGTH if self.request.pooling is None else FinishReason.STOP
 
     @property
     def goes_first(self) -> bool:
@@ -160,10 +210,10 @@ class Sequence:
         self.draft_ids = self.draft_ids[: max(0, num_drafts)]
         if num_drafts < 0:
             return False
-        if self.draft_ids or self.is_beam:
+        if self.draft_ids or self.waits_for_results:
             self.awaits_result = True
-        else:
-            self.num_pending_tokens += 1
+            return self.draws
+        self.num_pending_tokens += 1
         return True
 
     def guess(self, draft_ids: SequenceOf[int]) -> None:
@@ -172,13 +222,17 @@ class Sequence:
         They come too late where a step is in flight that was planned without them.
         """
         if not self.num_pending_tokens and self.num_computed_tokens:
-            self.draft_ids = draft_ids[: self.max_num_tokens - 1 - len(self.token_ids)]
+            self.draft_ids = draft_ids[: self.max_num_computed_tokens - len(self.token_ids)]
 
     def lose_memory(self) -> None:
         """No KV is left: everything is computed again when there is room."""
         self.num_computed_tokens = self.num_committed_tokens = 0
         self.draft_ids = ()
         self.is_known = False
+        if not self.draws:
+            self.awaits_result = (
+                False  # what a step in flight finds of an earlier life ends nothing
+            )
 
     def commit(self, share: ScheduledTokens) -> int:
         """A step's tokens are now surely in the cache; return how many were of the prompt."""
@@ -186,6 +240,13 @@ class Sequence:
         num_sure = share.num_tokens - len(share.draft_ids)
         self.num_committed_tokens += num_sure
         return min(prompt_left, num_sure) if prompt_left > 0 else 0
+
+    def take_scores(self, start: int, scores: SequenceOf[TokenLogprobs]) -> None:
+        """Take those of prompt tokens from index `start` on; what is known already is not new."""
+        num_known = len(self.scores) + 1 - start
+        if num_known < 0:
+            raise IntegrityError(f"{self.id}: prompt tokens before {start} were not scored")
+        self.scores += scores[num_known:]
 
     def extend(self, token_ids: SequenceOf[int], num_drafts: int) -> FinishReason | None:
         """Take the tokens of a step that checked so many drafts; return why it is over, or None.

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from octavo.engine.core import EngineCore
 from octavo.engine.interface import Pulse, ServedModel, ServingEngine, TextDelta
-from octavo.engine.outputs import CompletionOutput, RequestOutput
+from octavo.engine.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+)
+from octavo.engine.rest import Phase, Rest
 
 if TYPE_CHECKING:
     from octavo.engine.async_engine import AsyncEngine
@@ -22,10 +28,14 @@ __all__ = [
     "AsyncEngine",
     "BuiltEngine",
     "CompletionOutput",
+    "EmbeddingOutput",
+    "EmbeddingRequestOutput",
     "EngineCore",
     "EngineProcess",
+    "Phase",
     "Pulse",
     "RequestOutput",
+    "Rest",
     "ServedModel",
     "ServingEngine",
     "TextDelta",

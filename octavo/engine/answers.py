@@ -11,6 +11,8 @@ import msgspec
 
 from octavo.core import (
     FinishReason,
+    ModelTasks,
+    PoolingParams,
     Request,
     RequestEvent,
     SamplingParams,
@@ -18,7 +20,7 @@ from octavo.core import (
     check_sampling_ids,
     resolve_max_tokens,
 )
-from octavo.engine.interface import TextDelta
+from octavo.engine.interface import DEFAULT_TASKS, TextDelta
 from octavo.errors import RequestError
 from octavo.text import IncrementalDetokenizer, NoTokenizer, StopStrings, Tokenizer
 from octavo.text.bad_words import banned_sequences
@@ -30,14 +32,21 @@ def fan_out(request: Request) -> Iterator[Request]:
     The first `n` are the answers; a beam search has one for each beam, the best answers first.
     Answer 0 uses the user's seed, so that `n` does not change it. Where the user gave none, one is
     drawn here, so that a request that is computed again after preemption draws the same tokens.
+    It alone has the prompt scored and brings the pictures, for they are the same for all of them.
     """
     sampling = request.sampling
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+    of_others = sampling
+    if sampling.prompt_logprobs is not None:
+        of_others = msgspec.structs.replace(sampling, prompt_logprobs=None)
+    places_alone = msgspec.structs.replace(request.images, pictures=())
     for index in range(sampling.num_sequences):
         yield msgspec.structs.replace(
             request,
             request_id=f"{request.request_id}#{index}",
+            sampling=of_others if index else sampling,
             seed=seed if index == 0 else _derived_seed(seed, index),
+            images=places_alone if index else request.images,
         )
 
 
@@ -53,8 +62,11 @@ def check_request(
     vocab_size: int,
     max_model_len: int,
     has_text: bool = True,
+    tasks: ModelTasks = DEFAULT_TASKS,
+    pooling: PoolingParams | None = None,
 ) -> None:
     """Refuse what could never run, before anything is queued; raises `RequestError`."""
+    tasks.check(pooling)
     if sampling.stop_strings and not has_text:
         raise RequestError(
             "stop strings need a tokenizer, and none is loaded (skip_tokenizer_init); "
@@ -66,7 +78,9 @@ def check_request(
             raise RequestError(
                 f"{name} needs a tokenizer, and none is loaded (skip_tokenizer_init)", param=name
             )
-    check_prompt(prompt_token_ids, vocab_size=vocab_size)
+    has_types = pooling is not None and pooling.uses_head
+    num_types = tasks.num_token_types if has_types else 1
+    check_prompt(prompt_token_ids, vocab_size=num_types * vocab_size)
     check_sampling_ids(sampling, vocab_size=vocab_size)
     resolve_max_tokens(len(prompt_token_ids), sampling.max_tokens, max_model_len)
 
@@ -120,7 +134,7 @@ class Answer:
         finish_reason = event.finish_reason
         stop_reason: str | int | None = None
         visible = event.token_ids
-        if finish_reason is FinishReason.STOP:
+        if finish_reason is FinishReason.STOP and visible:
             last = event.token_ids[-1]
             stop_reason = None if last in self._eos_token_ids else last
             visible = event.token_ids if self._keeps_stop else event.token_ids[:-1]
@@ -136,6 +150,9 @@ class Answer:
             finish_reason,
             stop_reason,
             event.error,
+            event.error_code,
+            event.prompt_logprobs,
+            event.vector,
             event.num_cached_tokens,
             event.queue_time_s,
             event.prefill_time_s,

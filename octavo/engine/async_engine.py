@@ -4,20 +4,20 @@ Owns the open streams. Knows no HTTP.
 """
 
 import asyncio
-import itertools
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
-from typing import Any
 
 from octavo import errors
 from octavo.core import (
+    NO_IMAGES,
     EngineStats,
+    PoolingParams,
     Request,
     RequestEvent,
     RequestOptions,
-    RequestStatus,
     SamplingParams,
+    SeenImages,
 )
 from octavo.engine.answers import Answer, banned_by, check_request, check_shape, fan_out
 from octavo.engine.child import STOP_TIMEOUT_S, EngineProcess
@@ -25,24 +25,29 @@ from octavo.engine.interface import DEFAULT_OPTIONS, Pulse, ServedModel, TextDel
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
-    Explain,
     Fatal,
-    ListRequests,
     News,
     PhaseDone,
     Question,
     Ready,
     Refused,
-    ResetPrefixCache,
     Told,
+    Unable,
 )
 from octavo.engine.postmortem import cause_of_error
+from octavo.engine.questions import Questions
+from octavo.engine.rest import Phase, Rest
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
 from octavo.text import Tokenizer
+from octavo.vision.prompts import ImageReader
 
 logger = logging.getLogger(__name__)
 
-ANSWER_TIMEOUT_S = 10.0  # for questions of operators, who should hear if a step hangs
+_DOING = {
+    Phase.FALLING_ASLEEP: "while it fell asleep",
+    Phase.ASLEEP: "while it slept",
+    Phase.WAKING_UP: "while it woke up",
+}
 
 
 class _Stream:
@@ -87,24 +92,26 @@ class AsyncEngine:
         *,
         model_name: str,
         max_num_queued_reqs: int = 1024,
+        images: ImageReader | None = None,
     ):
         self._process = process
         self._tokenizer = tokenizer
         self._model_name = model_name
+        self._images = images  # None: the model sees none
         self._max_num_queued_reqs = max_num_queued_reqs
         self._streams: dict[str, _Stream] = {}  # engine request id -> its stream
-        self._questions: dict[int, asyncio.Future[Any]] = {}  # by number, until they are answered
-        self._numbers = itertools.count()
         self._num_read = 0  # messages to the engine, as far as it has seen them
         self._dead: EngineDeadError | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._phase = "before its first phase of loading was done"
+        self.operations = Questions(self._send)
+        self.rest = _rest_of(self)
 
     async def start(self, on_phase: Callable[[str, float], None] = lambda phase, s: None) -> None:
         """Wait until the engine takes requests; raises what stopped it from getting there."""
         self._process.connect()
         watch = asyncio.create_task(
-            self._process.watch(lambda: self._die(self._process.death(self._doing)))
+            self._process.watch(lambda: self._die(self._process.death(_doing_of(self))))
         )
         while True:
             message = await self._process.receive_loading(watch, self._phase)
@@ -119,7 +126,12 @@ class AsyncEngine:
         self._ready = message
         self._stats = message.stats
         self.model = ServedModel(
-            self._model_name, message.max_model_len, message.vocab_size, self._tokenizer
+            self._model_name,
+            message.max_model_len,
+            message.vocab_size,
+            self._tokenizer,
+            message.tasks,
+            self._images,
         )
         self._tasks = [watch, asyncio.create_task(self._read_news())]
 
@@ -132,12 +144,23 @@ class AsyncEngine:
         self._die(EngineDeadError("the engine was stopped"))
         await asyncio.to_thread(self._process.stop, patience_s)
 
+    def check_room(self, num_sequences: int = 1) -> None:
+        """See `ServingEngine.check_room`."""
+        room = self._ready.max_num_seqs + self._max_num_queued_reqs
+        if len(self._streams) + num_sequences > room:
+            raise OverloadedError(
+                f"{len(self._streams)} requests are running or waiting, and at most {room} may be"
+            )
+
     async def generate(
         self,
         request_id: str,
         prompt_token_ids: list[int],
         sampling: SamplingParams,
         options: RequestOptions = DEFAULT_OPTIONS,
+        *,
+        pooling: PoolingParams | None = None,
+        images: SeenImages = NO_IMAGES,
     ) -> AsyncIterator[TextDelta]:
         """See `ServingEngine.generate`."""
         self.check_health()
@@ -147,14 +170,13 @@ class AsyncEngine:
             vocab_size=self.model.vocab_size,
             max_model_len=self.model.max_model_len,
             has_text=self.model.has_text,
+            tasks=self.model.tasks,
+            pooling=pooling,
         )
         if sampling.structured_outputs is not None:
             await asyncio.to_thread(check_shape, sampling, self._ready.eos_token_ids)
-        room = self._ready.max_num_seqs + self._max_num_queued_reqs
-        if len(self._streams) + sampling.num_sequences > room:
-            raise OverloadedError(
-                f"{len(self._streams)} requests are running or waiting, and at most {room} may be"
-            )
+        self.rest.check_awake()
+        self.check_room(sampling.num_sequences)
         stream = _Stream()
         template = Request(
             request_id=request_id,
@@ -164,6 +186,8 @@ class AsyncEngine:
             eos_token_ids=self._ready.eos_token_ids,
             banned=banned_by(sampling, self._tokenizer, vocab_size=self.model.vocab_size),
             options=options,
+            pooling=pooling,
+            images=images,
         )
         requests = list(fan_out(template))
         for index, request in enumerate(requests[: sampling.n]):
@@ -197,6 +221,8 @@ class AsyncEngine:
     @property
     def is_busy(self) -> bool:
         """See `ServingEngine.is_busy`."""
+        if self.rest.is_undisturbed:
+            return False
         has_requests = self._stats.num_running + self._stats.num_waiting > 0
         return bool(self._streams) or has_requests or self._num_read < self._process.num_sent
 
@@ -209,37 +235,15 @@ class AsyncEngine:
         """See `ServingEngine.abandon`."""
         self._die(EngineDeadError(f"the engine was given up: {reason}"))
 
-    async def why(self, request_id: str) -> dict[str, list[str]]:
-        """See `ServingEngine.why`."""
-        stories: dict[str, list[str]] = await self._ask(Explain(next(self._numbers), request_id))
-        return stories
-
-    async def requests(self) -> list[RequestStatus]:
-        """See `ServingEngine.requests`."""
-        statuses: list[RequestStatus] = await self._ask(ListRequests(next(self._numbers)))
-        return statuses
-
-    async def reset_prefix_cache(self) -> None:
-        """See `ServingEngine.reset_prefix_cache`."""
-        await self._ask(ResetPrefixCache(next(self._numbers)))
-
     @property
     def settings(self) -> list[tuple[str, str, str, str]]:
         """See `ServingEngine.settings`."""
         return self._ready.settings
 
-    async def _ask(self, question: Question) -> Any:
-        """What the engine answers between two of its steps."""
+    def _send(self, question: Question) -> None:
+        """To the engine, which answers between two of its steps."""
         self.check_health()
-        answer = asyncio.get_running_loop().create_future()
-        self._questions[question.number] = answer
         self._process.send(question)
-        try:
-            return await asyncio.wait_for(answer, ANSWER_TIMEOUT_S)
-        except TimeoutError:
-            raise OverloadedError("the engine is in a step, and has not answered yet") from None
-        finally:
-            self._questions.pop(question.number, None)
 
     def _forget(self, request_ids: list[str]) -> None:
         """Nobody waits for these any more: free what they hold."""
@@ -265,12 +269,12 @@ class AsyncEngine:
                     refused.open.pop(message.request_id, None)
                     refused.put(_refusal(message))
             elif isinstance(message, Told):
-                answer = self._questions.get(message.number)
-                if answer is not None and not answer.done():  # else: who asked has gone
-                    answer.set_result(message.content)
+                self.operations.answer(message.number, message.content)
+            elif isinstance(message, Unable):
+                self.operations.refuse(message.number, OctavoError(message.message))
             elif isinstance(message, Fatal):
                 self._die(
-                    EngineDeadError(cause_of_error(message.kind, message.message, self._doing))
+                    EngineDeadError(cause_of_error(message.kind, message.message, _doing_of(self)))
                 )
                 return
 
@@ -291,24 +295,39 @@ class AsyncEngine:
             return False
         return answer.finish_reason is not None
 
-    @property
-    def _doing(self) -> str:
-        """What the engine did when it was last heard of, to follow what became of it."""
-        if not self._tasks:
-            return self._phase
-        num_steps = self._stats.num_steps
-        return f"in step {num_steps + 1}" if self._streams else f"after step {num_steps}, at rest"
-
     def _die(self, error: EngineDeadError) -> None:
         if self._dead is None:
             self._dead = error
-        for answer in self._questions.values():
-            if not answer.done():
-                answer.set_exception(self._dead)
+        self.operations.refuse_all(self._dead)
         for stream in set(self._streams.values()):
             stream.open.clear()
             stream.put(self._dead)
         self._streams.clear()
+
+
+def _doing_of(engine: AsyncEngine) -> str:
+    """What the engine did when it was last heard of, to follow what became of it."""
+    if not engine._tasks:
+        return engine._phase
+    num_steps = engine._stats.num_steps
+    if engine.rest.is_undisturbed:
+        return f"{_DOING[engine.rest.phase]}, after step {num_steps}"
+    return f"in step {num_steps + 1}" if engine._streams else f"after step {num_steps}, at rest"
+
+
+def _rest_of(engine: AsyncEngine) -> Rest:
+    """How this engine sleeps."""
+
+    def is_idle() -> bool:
+        engine.check_health()
+        return not engine.is_busy
+
+    return Rest(
+        is_idle=is_idle,
+        abort_all=lambda: engine._process.send(AbortRequests(list(engine._streams))),
+        sleep=engine.operations.sleep,
+        wake_up=engine.operations.wake_up,
+    )
 
 
 def _refusal(refusal: Refused) -> OctavoError:

@@ -1,10 +1,12 @@
 """From options to a running engine core: the one place that puts all parts together."""
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -22,9 +24,10 @@ from octavo.config import (
 from octavo.core import Launch
 from octavo.engine.core import EngineCore
 from octavo.engine.grammars import LazyGrammars
-from octavo.engine.kv_tiers import open_disk
+from octavo.engine.kv_tiers import kv_fingerprint, open_disk
 from octavo.engine.memory_report import MemoryMeter, MemoryReport
-from octavo.kernels import PAGED_ATTENTION
+from octavo.engine.sleep import SleepableExecutor
+from octavo.kernels import ENCODER_ATTENTION, LATENT_ATTENTION, MOE_EXPERTS, PAGED_ATTENTION
 from octavo.kernels.dispatch import REFERENCE
 from octavo.kvcache import Allocator, TieredAllocator
 from octavo.layers import Build, KernelReport, finish_layers, kv_specs
@@ -35,6 +38,7 @@ from octavo.runner import (
     ModelRunner,
     allocate_kv_caches,
     compile_kernels,
+    create_image_store,
     device_facts,
     measure_kv_cache_bytes,
     start_compiler,
@@ -42,6 +46,8 @@ from octavo.runner import (
 )
 from octavo.scheduler import SchedulerSettings, create_scheduler
 from octavo.weights import dummy_tensors, load_weights, read_tensors
+
+logger = logging.getLogger(__name__)
 
 PhaseListener = Callable[[str, float], None]  # (phase, seconds it took)
 
@@ -56,7 +62,7 @@ class BuiltEngine:
     num_blocks: int
     kernels: tuple[KernelReport, ...]
     memory: MemoryReport
-    storage: KVStorage
+    disk: DiskFile | None
     thread: ThreadPoolExecutor | None  # where steps run beside the scheduler, on a CPU
     grammars: LazyGrammars
 
@@ -65,7 +71,8 @@ class BuiltEngine:
         if self.thread is not None:
             self.thread.shutdown()
         self.grammars.close()
-        self.storage.close()
+        if self.disk is not None:
+            self.disk.close()
 
 
 def build_engine(
@@ -80,16 +87,10 @@ def build_engine(
         ConfigError: what the options ask for cannot be had.
         ModelError: the model cannot be found, read or run.
     """
-
-    @contextmanager
-    def phase(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        on_phase(name, time.perf_counter() - start)
-
+    phase = partial(_timed, on_phase)
     with phase("read config"):
         checkpoint = locate(options.model)
-        model_config = read_model_config(checkpoint)
+        model_config = read_model_config(checkpoint, options.loading.model_impl)
         facts = device_facts(options.device.device)
         config = resolve(options, model_config, facts)
         memory = MemoryMeter(config, facts)
@@ -109,7 +110,7 @@ def build_engine(
         if config.kv_cache_bytes is None:
             config = with_kv_cache_bytes(config, measure_kv_cache_bytes(model, config))
             memory.step_was_profiled()
-        num_blocks = (config.kv_cache_bytes or 0) // config.kv_block_bytes
+        num_blocks = config.num_device_blocks
         disk = open_disk(checkpoint, config)
         storage = create_storage(model, config, num_blocks, disk)
         grammars = LazyGrammars(checkpoint, config)
@@ -122,33 +123,83 @@ def build_engine(
     allocator = create_allocator(config, num_blocks, disk_keys=disk_keys)
     settings = scheduler_settings(config, copy_block_s=storage.measure_copy_s())
     scheduler = create_scheduler(allocator, settings, grammars=grammars)
-    launch, thread = create_launch(runner, config)
-    core = EngineCore(scheduler, runner, launch=launch, check_integrity=check_integrity)
-    report = memory.report()
+    load = partial(load_again, checkpoint, config, disk)
+    prepare = partial(prepare_again, config, num_blocks, disk, grammars)
+    executor = SleepableExecutor(
+        model, (runner, storage), device=config.device, load=load, prepare=prepare
+    )
+    launch, thread = create_launch(executor, config)
+    core = EngineCore(
+        scheduler, executor, launch=launch, sleeper=executor, check_integrity=check_integrity
+    )
     return BuiltEngine(
-        core, checkpoint, config, num_blocks, kernels, report, storage, thread, grammars
+        core, checkpoint, config, num_blocks, kernels, memory.report(), disk, thread, grammars
     )
 
 
+@contextmanager
+def _timed(on_phase: PhaseListener, name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    on_phase(name, time.perf_counter() - start)
+
+
 def reads_lengths_on_the_host(kernels: Iterable[KernelReport]) -> bool:
-    """Whether a step waits for the device halfway: the reference of attention does."""
+    """Whether a step waits for the device halfway: references of attention and experts do."""
+    waiting = {op.name for op in (PAGED_ATTENTION, LATENT_ATTENTION, MOE_EXPERTS)}
+    waiting.add(ENCODER_ATTENTION.name)
     return any(
-        report.choice.op == PAGED_ATTENTION.name and report.choice.name == REFERENCE
-        for report in kernels
+        report.choice.op in waiting and report.choice.name == REFERENCE for report in kernels
     )
 
 
 def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
     """The model with its weights in place, not yet laid out for kernels."""
+    if config.model.is_bridged:
+        logger.warning(
+            "transformers' own modules run %s, with octavo's attention in them: slower than "
+            "octavo's own, and without CUDA graphs",
+            checkpoint.name,
+        )
     dtype = getattr(torch, config.dtype)
     dummy = config.load_format == "dummy"
     # Opened first: a damaged file is refused before anything is allocated for it.
     tensors = None if dummy else read_tensors(checkpoint, config.model, dtype=dtype)
-    build = Build(config.device, dtype, config.block_size, batch_invariant=config.batch_invariant)
+    build = Build(
+        config.device,
+        dtype,
+        config.block_size,
+        batch_invariant=config.batch_invariant,
+        count_expert_tokens=config.count_expert_tokens,
+    )
     model = create_model(config.model, build, max_positions=config.max_model_len)
     slots = model.slots()
     load_weights(slots, tensors or dummy_tensors(slots, dtype=dtype, device=config.device))
     return model
+
+
+def load_again(checkpoint: Checkpoint, config: ResolvedConfig, disk: DiskFile | None) -> Model:
+    """The model as its checkpoint is by now, laid out for kernels. KV of other weights is lost."""
+    model = load_model(checkpoint, config)
+    finish_layers(model)
+    if disk is not None:
+        disk.adopt(kv_fingerprint(checkpoint, config))
+    return model
+
+
+def prepare_again(
+    config: ResolvedConfig,
+    num_blocks: int,
+    disk: DiskFile | None,
+    grammars: LazyGrammars,
+    model: Model,
+) -> tuple[ModelRunner, KVStorage]:
+    """A runner like the first one, with KV blocks whose contents nobody knows."""
+    storage = create_storage(model, config, num_blocks, disk)
+    runner = create_runner(model, config, storage, grammars)
+    if config.device == "cuda" and not config.enforce_eager:
+        runner.capture_graphs()
+    return runner, storage
 
 
 def create_storage(
@@ -180,19 +231,20 @@ def create_runner(
         device=config.device,
         num_threads=config.num_threads,
         grammars=grammars,
+        images=create_image_store(model, config.model, config.device),
     )
 
 
 def create_launch(
-    runner: ModelRunner, config: ResolvedConfig
+    executor: SleepableExecutor, config: ResolvedConfig
 ) -> tuple[Launch | None, ThreadPoolExecutor | None]:
     """How steps begin ahead of their results, and the thread that runs them where one must."""
     if not config.async_scheduling:
         return None, None
     if config.device == "cuda":
-        return runner.launch, None
+        return executor.launch, None
     thread = ThreadPoolExecutor(1, "octavo-executor")
-    return lambda plan: thread.submit(runner.execute, plan), thread
+    return lambda plan: thread.submit(executor.execute, plan), thread
 
 
 def create_allocator(
@@ -226,7 +278,10 @@ def scheduler_settings(
         policy=config.scheduling_policy,
         batching=config.batching,
         preemption_mode=config.preemption_mode,
+        whole_prompts=config.model.is_encoder,
         copy_block_s=copy_block_s,
+        num_cached_image_tokens=config.num_cached_image_tokens,
+        max_num_encoder_tokens=config.max_num_encoder_tokens,
         # Those that could be admitted at once do not really wait.
         max_num_queued_reqs=config.max_num_seqs + config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,

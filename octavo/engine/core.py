@@ -7,19 +7,25 @@ from typing import NoReturn
 from octavo.core import (
     EngineStats,
     Executor,
+    FailureCode,
+    FinishReason,
     Launch,
     PendingResult,
     Request,
     RequestEvent,
     RequestStatus,
+    Sleeper,
+    SleepReport,
     StepPlan,
 )
-from octavo.errors import EngineDeadError
+from octavo.errors import ConfigError, EngineDeadError, OverloadedError, SleepingError
 from octavo.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
+SLEEP_LEVELS = (1, 2)  # weights are kept on the host, or read again at the end
 MAX_FAILED_STEPS = 2  # in a row; one may be bad luck, the next means that the device is gone
+_NO_MEMORY = "a step found no memory, and this request gave way to the others in it"
 
 
 class EngineCore:
@@ -36,6 +42,7 @@ class EngineCore:
         executor: Executor,
         *,
         launch: Launch | None = None,
+        sleeper: Sleeper | None = None,
         check_integrity: bool = False,
     ):
         self._scheduler = scheduler
@@ -43,6 +50,8 @@ class EngineCore:
         self._check_integrity = check_integrity
         self._num_failed_steps = 0
         self._launch = launch
+        self._sleeper = sleeper
+        self._asleep: SleepReport | None = None
         self._ahead: tuple[StepPlan, PendingResult] | None = None
 
     def add(self, *requests: Request) -> None:
@@ -50,6 +59,8 @@ class EngineCore:
 
         Raises `RequestError` or `OverloadedError` where they cannot be taken; none is then.
         """
+        if self._asleep is not None:
+            raise SleepingError("the engine sleeps: wake it up first")
         self._scheduler.add(*requests)
 
     def abort(self, request_ids: list[str]) -> list[RequestEvent]:
@@ -62,14 +73,15 @@ class EngineCore:
         return self._scheduler.has_work or self._ahead is not None
 
     def step(self) -> list[RequestEvent]:
-        """Plan, run, commit: one pass of the model and the news that came of it."""
+        """Expire, plan, run, commit: one pass of the model, and all the news."""
+        events = self._scheduler.expire()
         if self._launch is not None:
-            return self._step_ahead(self._launch)
+            return events + self._step_ahead(self._launch)
         plan = self._scheduler.schedule()
         try:
-            events = self._scheduler.commit(plan, self._executor.execute(plan))
+            events += self._scheduler.commit(plan, self._executor.execute(plan))
         except Exception as error:
-            return self._fail(plan, error)
+            return events + self._fail(plan, error)
         return self._succeed(events)
 
     def _step_ahead(self, launch: Launch) -> list[RequestEvent]:
@@ -97,6 +109,40 @@ class EngineCore:
     def reset_prefix_cache(self) -> None:
         """No content that is in memory now will be found again; nothing that runs is touched."""
         self._scheduler.allocator.forget_all()
+        self._scheduler.images.forget_all()
+
+    def sleep(self, level: int = 1) -> SleepReport:
+        """Give up the memory behind the executor until `wake_up`; all cached content is forgotten.
+
+        Asleep already, it only goes deeper, if `level` is. Where it fails, it stays as it was.
+
+        Raises:
+            OverloadedError: requests are alive.
+            ConfigError: there is no such level, or no memory that could be given up.
+        """
+        if level not in SLEEP_LEVELS:
+            raise ConfigError(f"there is no sleep level {level}: choose one of {SLEEP_LEVELS}")
+        if self._sleeper is None:
+            raise ConfigError("this engine has no executor that could sleep")
+        if self.has_work:
+            raise OverloadedError("requests are alive: they must end before the engine sleeps")
+        if self._asleep is None or self._asleep.level < level:
+            self.reset_prefix_cache()
+            self._asleep = self._sleeper.sleep(level)
+        return self._asleep
+
+    def wake_up(self) -> None:
+        """Take the memory back; where that fails, the engine sleeps on. Awake, nothing happens."""
+        if self._sleeper is not None and self._asleep is not None:
+            self._sleeper.wake_up()
+            self._asleep = None
+
+    def expert_tokens(self) -> dict[str, list[int]]:
+        """How many tokens each expert got: {layer: one number an expert}, since the start.
+
+        Empty where nobody counts them. Waits for the device.
+        """
+        return {} if self._sleeper is None else self._sleeper.expert_tokens()
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now."""
@@ -113,19 +159,27 @@ class EngineCore:
         return events
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[RequestEvent]:
-        """End the requests of a failed step; give up where the one before failed as well."""
-        logger.error("a step failed; its requests end with an error", exc_info=error)
+        """Undo a failed step and end those whom it costs; give up where the one before failed, too.
+
+        Where it found no memory, that is who gives way first; the others are computed again, in
+        smaller steps. Otherwise it is everyone in it: nobody knows whose fault it was.
+        """
         self._num_failed_steps += 1
         if self._num_failed_steps >= MAX_FAILED_STEPS:
+            logger.error("a step failed, as did the one before", exc_info=error)
             raise EngineDeadError(
                 f"{MAX_FAILED_STEPS} steps in a row failed, the last with "
                 f"{type(error).__name__}: {error}"
             ) from error
+        out_of_memory = isinstance(error, MemoryError)
         plans = [plan, *self._abandon_ahead()]
-        for failed in plans:
-            self._scheduler.discard(failed)
-        failed_ids = [share.sequence_id for failed in plans for share in failed.scheduled]
-        return self._scheduler.fail(failed_ids, "the step that this request was in failed")
+        ran_ids = self._scheduler.discard(*plans, out_of_memory=out_of_memory)
+        failure = FinishReason.ERROR
+        if out_of_memory:
+            logger.error("a step found no memory; one request gives way", exc_info=error)
+            return self._scheduler.end(ran_ids[:1], failure, _NO_MEMORY, FailureCode.OUT_OF_MEMORY)
+        logger.error("a step failed; its requests end with an error", exc_info=error)
+        return self._scheduler.end(ran_ids, failure, "the step that this request was in failed")
 
     def _abandon_ahead(self) -> list[StepPlan]:
         """Give up the step in flight: it was planned on top of one that failed."""

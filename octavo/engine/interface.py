@@ -8,16 +8,24 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from octavo.core import (
+    NO_IMAGES,
     EngineStats,
+    FailureCode,
     FinishReason,
+    ModelTasks,
+    PoolingParams,
     RequestOptions,
     RequestStatus,
     SamplingParams,
+    SeenImages,
     TokenLogprobs,
 )
+from octavo.engine.rest import Rest
 from octavo.text import NoTokenizer, Tokenizer
+from octavo.vision.prompts import ImageReader
 
 DEFAULT_OPTIONS = RequestOptions()
+DEFAULT_TASKS = ModelTasks()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +36,8 @@ class ServedModel:
     max_model_len: int  # tokens of prompt and output together
     vocab_size: int
     tokenizer: Tokenizer
+    tasks: ModelTasks = DEFAULT_TASKS
+    images: ImageReader | None = None  # None: it sees none
 
     @property
     def has_text(self) -> bool:
@@ -50,7 +60,10 @@ class TextDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or token id that ended the answer
     error: str | None = None  # with finish_reason "error": a sentence for the client
-    # With the first token, as in `RequestEvent`:
+    error_code: FailureCode = FailureCode.GENERATION_FAILED  # of `error`, where there is one
+    # With the first token, or the end where there is none, as in `RequestEvent`:
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # told by the first of `n` answers
+    vector: bytes = b""
     num_cached_tokens: int = 0
     queue_time_s: float = 0.0
     prefill_time_s: float = 0.0
@@ -63,10 +76,36 @@ class Pulse(NamedTuple):
     cpu_s: float = 0.0  # used since its start; where the model is on a GPU, that tells nothing: 0
 
 
+class EngineOperations(Protocol):
+    """What operators ask of a running engine; `OverloadedError` where a step hangs."""
+
+    async def why(self, request_id: str) -> dict[str, list[str]]:
+        """What happened to live and recently finished requests whose ids begin with this."""
+        ...
+
+    async def requests(self) -> list[RequestStatus]:
+        """All live requests, as the engine knows them: one for each answer."""
+        ...
+
+    async def expert_tokens(self) -> dict[str, list[int]]:
+        """How many tokens each expert got: {layer: one number an expert}; empty if uncounted."""
+        ...
+
+    async def reset_prefix_cache(self) -> None:
+        """Let no content that is in memory now be found again; what runs is not touched."""
+        ...
+
+
 class ServingEngine(Protocol):
     """An engine that serves one model to many concurrent callers of one event loop."""
 
     model: ServedModel
+    rest: Rest
+
+    @property
+    def operations(self) -> EngineOperations:
+        """What operators ask of it."""
+        ...
 
     @property
     def live(self) -> Collection[str]:
@@ -86,31 +125,28 @@ class ServingEngine(Protocol):
         """Count the engine as dead from now on: every stream ends with `EngineDeadError`."""
         ...
 
+    def check_room(self, num_sequences: int = 1) -> None:
+        """Raise `OverloadedError` where so many more cannot be taken, whatever they are."""
+        ...
+
     def generate(
         self,
         request_id: str,
         prompt_token_ids: list[int],
         sampling: SamplingParams,
         options: RequestOptions = DEFAULT_OPTIONS,
+        *,
+        pooling: PoolingParams | None = None,
+        images: SeenImages = NO_IMAGES,
     ) -> AsyncIterator[TextDelta]:
         """Stream the `n` answers to one prompt, interleaved, one final delta for each index.
 
+        With `pooling` there is one delta, with the prompt's vector; `sampling` is `NO_TOKENS` then.
+
         Validation happens before the first delta: `RequestError` (the request is wrong),
-        `OverloadedError` (queue full) or `EngineDeadError`. Closing the iterator aborts the request
-        and frees what it holds.
+        `OverloadedError` (queue full, or asleep) or `EngineDeadError`. Closing the iterator aborts
+        the request and frees what it holds.
         """
-        ...
-
-    async def why(self, request_id: str) -> dict[str, list[str]]:
-        """What happened to live and recently finished requests whose ids begin with this."""
-        ...
-
-    async def requests(self) -> list[RequestStatus]:
-        """All live requests, as the engine knows them: one for each answer."""
-        ...
-
-    async def reset_prefix_cache(self) -> None:
-        """Let no content that is in memory now be found again; what runs is not touched."""
         ...
 
     @property

@@ -4,23 +4,41 @@ import gc
 import itertools
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
 from tqdm import tqdm
 
 from octavo.config import EngineOptions
-from octavo.core import EngineStats, FinishReason, Request, RequestOptions, SamplingParams
+from octavo.core import (
+    NO_TOKENS,
+    SCORE,
+    EngineStats,
+    FinishReason,
+    PoolingParams,
+    PoolingType,
+    Request,
+    SamplingParams,
+    SleepReport,
+)
 from octavo.engine.answers import Answer, banned_by, check_request, check_shape, fan_out
 from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
-from octavo.engine.interface import DEFAULT_OPTIONS, TextDelta
-from octavo.engine.outputs import CompletionOutput, RequestOutput
+from octavo.engine.interface import TextDelta
+from octavo.engine.outputs import (
+    CompletionOutput,
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+    ScoringRequestOutput,
+)
+from octavo.engine.prompts import Conversation, EncodedPrompt, Prompt, PromptEncoder
+from octavo.engine.scoring import cosine, matched
+from octavo.engine.tasks import tasks_of
 from octavo.errors import OctavoError, RequestError
 from octavo.text import NoTokenizer, Tokenizer, load_tokenizer
+from octavo.vision.prompts import ImageReader
 
-# Text, token ids, or a mapping with "prompt" or "prompt_token_ids", and perhaps "cache_salt".
-Prompt = str | Sequence[int] | Mapping[str, Any]
-Conversation = Sequence[Mapping[str, Any]]
 P = TypeVar("P")
 
 
@@ -54,11 +72,41 @@ class LLM:
             if engine_options.loading.skip_tokenizer_init
             else load_tokenizer(self._engine.checkpoint)
         )
+        reader = ImageReader.of(self._engine.config.model)
+        self._prompts = PromptEncoder(self._tokenizer, reader)
         self._ids = itertools.count()
 
     def close(self) -> None:
         """End the engine: its thread, and its hold on a KV file. Memory goes with the object."""
         self._engine.close()
+
+    def sleep(self, level: int = 1) -> SleepReport:
+        """Give up the KV cache's memory, and the weights', until `wake_up`. Asleep: only go deeper.
+
+        Level 1 keeps weights in host memory (on a CPU, where they are); level 2 discards them, and
+        they are read from the checkpoint again.
+
+        Raises:
+            OverloadedError: a stream is open.
+            ConfigError: there is no such level.
+        """
+        return self._engine.core.sleep(level)
+
+    def wake_up(self) -> None:
+        """Be what it was before it slept, but for cached prefixes. Awake, nothing happens.
+
+        Raises:
+            ModelError: the weights cannot be read any more; it sleeps on, and may be asked again.
+        """
+        self._engine.core.wake_up()
+
+    def expert_tokens(self) -> dict[str, list[int]]:
+        """How many tokens each expert got: {layer: one number an expert}, since the start.
+
+        Empty without `count_expert_tokens`, without experts, and where the weights are given up.
+        On a GPU, rows that fill a step up to the size of a CUDA graph count, too.
+        """
+        return self._engine.core.expert_tokens()
 
     @property
     def engine(self) -> BuiltEngine:
@@ -85,7 +133,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its options are wrong; nothing has run then.
         """
-        return self._run(_as_list(prompts), self._encode, sampling_params, use_tqdm)
+        return self._run(_as_list(prompts), self._prompts.encode, sampling_params, use_tqdm)
 
     def chat(
         self,
@@ -99,13 +147,93 @@ class LLM:
         conversations = cast(
             Sequence[Conversation], [messages] if isinstance(first, Mapping) else messages
         )
-        return self._run(conversations, self._encode_chat, sampling_params, use_tqdm)
+        return self._run(conversations, self._prompts.encode_chat, sampling_params, use_tqdm)
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        pooling: PoolingType | None = None,
+        *,
+        normalize: bool | None = None,
+        use_tqdm: bool = True,
+    ) -> list[EmbeddingRequestOutput]:
+        """A vector for each prompt, float32, out of the hidden states after the final norm.
+
+        `pooling` and `normalize` are those of `PoolingParams`; by default they are the model's own.
+
+        Raises:
+            RequestError: a prompt or an option is wrong; nothing has run then.
+        """
+        own = tasks_of(self._engine.config.model).embedding
+        params = PoolingParams(
+            pooling=pooling or own.pooling,
+            normalize=own.normalize if normalize is None else normalize,
+        )
+        return self._pool(_as_list(prompts), self._prompts.encode, params, use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        queries: str | Sequence[str],
+        documents: str | Sequence[str],
+        *,
+        use_tqdm: bool = True,
+    ) -> list[ScoringRequestOutput]:
+        """How well each document fits the query, or its own one of as many queries.
+
+        A cross-encoder reads both together; of other models it is the cosine of their vectors.
+
+        Raises:
+            RequestError: a text is wrong, or there are not as many; nothing has run then.
+        """
+        pairs = matched(*([t] if isinstance(t, str) else list(t) for t in (queries, documents)))
+        tasks = tasks_of(self._engine.config.model)
+        if tasks.num_classes:
+            tasks.check_scores()
+            found = self._pool(pairs, self._encode_pair, SCORE, use_tqdm=use_tqdm)
+            scores = [float(one.outputs.embedding[0]) for one in found]
+        else:
+            texts = list(dict.fromkeys(text for pair in pairs for text in pair))
+            embedded = self.embed(texts, use_tqdm=use_tqdm)
+            by_text = dict(zip(texts, embedded, strict=True))
+            found = [by_text[document] for _, document in pairs]
+            vectors = {text: one.outputs.embedding.tobytes() for text, one in by_text.items()}
+            scores = [cosine(vectors[first], vectors[second]) for first, second in pairs]
+        return [
+            ScoringRequestOutput(one.request_id, ScoringOutput(score))
+            for one, score in zip(found, scores, strict=True)
+        ]
+
+    def _pool(
+        self,
+        prompts: Sequence[P],
+        encode: Callable[[P], EncodedPrompt],
+        params: PoolingParams,
+        *,
+        use_tqdm: bool,
+    ) -> list[EmbeddingRequestOutput]:
+        batch = _Batch(self._engine, self._tokenizer)
+        queued = self._queue(batch, prompts, encode, NO_TOKENS, pooling=params)
+        outputs: dict[str, EmbeddingRequestOutput] = {}
+
+        def take(request_id: str, delta: TextDelta) -> int:
+            prompt = queued[request_id]
+            outputs[request_id] = EmbeddingRequestOutput(
+                request_id,
+                prompt.text,
+                prompt.token_ids,
+                EmbeddingOutput(np.frombuffer(delta.vector, np.float32).copy()),
+                delta.num_cached_tokens,
+            )
+            return 1
+
+        batch.run(take, total=len(queued), use_tqdm=use_tqdm)
+        return [outputs[request_id] for request_id in queued]
 
     def stream(
         self, prompt: Prompt, sampling_params: SamplingParams | None = None
     ) -> Generator[TextDelta, None, None]:
         """Complete one prompt piece by piece. Closing the iterator ends the request."""
-        encoded = self._encode(prompt)
+        encoded = self._prompts.encode(prompt)
         batch = _Batch(self._engine, self._tokenizer)
         try:
             sampling = sampling_params or SamplingParams()
@@ -117,57 +245,51 @@ class LLM:
         finally:
             batch.abort()
 
-    def _encode(self, prompt: Prompt) -> "_Prompt":
-        if isinstance(prompt, str):
-            return _Prompt(self._tokenizer.encode(prompt), prompt)
-        if not isinstance(prompt, Mapping):
-            return _Prompt(list(prompt))
-        options = RequestOptions(cache_salt=prompt.get("cache_salt"))
-        if "prompt_token_ids" in prompt:
-            return _Prompt(list(prompt["prompt_token_ids"]), None, options)
-        if "prompt" not in prompt:
-            raise RequestError("a prompt needs 'prompt' or 'prompt_token_ids'", param="prompt")
-        text = str(prompt["prompt"])
-        return _Prompt(self._tokenizer.encode(text), text, options)
-
-    def _encode_chat(self, messages: Conversation) -> "_Prompt":
-        return _Prompt(self._tokenizer.encode_chat(messages))
+    def _encode_pair(self, pair: tuple[str, str]) -> EncodedPrompt:
+        model = self._engine.config.model
+        tokens = self._tokenizer.encode_pair(*pair)
+        return EncodedPrompt(tokens.with_types(model.vocab_size, max(1, model.num_token_types)))
 
     def _run(
         self,
         prompts: Sequence[P],
-        encode: "Callable[[P], _Prompt]",
+        encode: Callable[[P], EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
     ) -> list[RequestOutput]:
         batch = _Batch(self._engine, self._tokenizer)
-        checked = []
-        outputs: dict[str, RequestOutput] = {}
-        with _no_garbage_collection():
-            for one, params in zip(prompts, _one_each(sampling_params, len(prompts)), strict=True):
-                prompt = encode(one)
-                batch.check(prompt, params)  # while its ids are in the CPU's cache
-                checked.append((str(next(self._ids)), prompt, params))
-            for request_id, prompt, params in checked:
-                outputs[request_id] = _empty_output(request_id, prompt, params)
-                batch.add(request_id, prompt, params)
-        with tqdm(total=len(prompts), unit="prompt", disable=not use_tqdm) as progress:
-            try:
-                while batch.open:
-                    for request_id, delta in batch.step():
-                        progress.update(_extend(outputs[request_id], delta))
-            finally:
-                batch.abort()
+        all_params = _one_each(sampling_params, len(prompts))
+        queued = self._queue(batch, prompts, encode, all_params)
+        outputs = {
+            request_id: _empty_output(request_id, prompt, params)
+            for (request_id, prompt), params in zip(queued.items(), all_params, strict=True)
+        }
+        batch.run(
+            lambda request_id, delta: _extend(outputs[request_id], delta),
+            total=len(queued),
+            use_tqdm=use_tqdm,
+        )
         return list(outputs.values())
 
-
-@dataclass(frozen=True, slots=True)
-class _Prompt:
-    """A prompt as the engine takes it, and the text where the user gave one."""
-
-    token_ids: list[int]
-    text: str | None = None
-    options: RequestOptions = DEFAULT_OPTIONS
+    def _queue(
+        self,
+        batch: "_Batch",
+        prompts: Sequence[P],
+        encode: Callable[[P], EncodedPrompt],
+        sampling: SamplingParams | Sequence[SamplingParams],
+        *,
+        pooling: PoolingParams | None = None,
+    ) -> dict[str, EncodedPrompt]:
+        """Check all prompts, then queue them; return them by request id, in their order."""
+        checked: list[tuple[str, EncodedPrompt, SamplingParams]] = []
+        with _no_garbage_collection():
+            for one, params in zip(prompts, _one_each(sampling, len(prompts)), strict=True):
+                prompt = encode(one)
+                batch.check(prompt, params, pooling)  # while its ids are in the CPU's cache
+                checked.append((str(next(self._ids)), prompt, params))
+            for request_id, prompt, params in checked:
+                batch.add(request_id, prompt, params, pooling=pooling)
+        return {request_id: prompt for request_id, prompt, _ in checked}
 
 
 class _Batch:
@@ -182,7 +304,9 @@ class _Batch:
         self._tokenizer = tokenizer
         self.open: dict[str, tuple[str, Answer]] = {}  # engine request id -> user's id, answer
 
-    def check(self, prompt: _Prompt, sampling: SamplingParams) -> None:
+    def check(
+        self, prompt: EncodedPrompt, sampling: SamplingParams, pooling: PoolingParams | None = None
+    ) -> None:
         """Raise `RequestError` where the request could never run."""
         config = self._engine.config
         check_request(
@@ -191,10 +315,19 @@ class _Batch:
             vocab_size=config.model.vocab_size,
             max_model_len=config.max_model_len,
             has_text=not isinstance(self._tokenizer, NoTokenizer),
+            tasks=tasks_of(config.model),
+            pooling=pooling,
         )
         check_shape(sampling, config.model.eos_token_ids)
 
-    def add(self, request_id: str, prompt: _Prompt, sampling: SamplingParams) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt: EncodedPrompt,
+        sampling: SamplingParams,
+        *,
+        pooling: PoolingParams | None = None,
+    ) -> None:
         """Queue the `n` answers to a prompt that was checked."""
         model = self._engine.config.model
         template = Request(
@@ -205,12 +338,24 @@ class _Batch:
             eos_token_ids=model.eos_token_ids,
             options=prompt.options,
             banned=banned_by(sampling, self._tokenizer, vocab_size=model.vocab_size),
+            pooling=pooling,
+            images=prompt.images,
         )
         requests = list(fan_out(template))
         self._engine.core.add(*requests)
         for index, request in enumerate(requests[: sampling.n]):
             answer = Answer(index, request, self._tokenizer)
             self.open[request.request_id] = request_id, answer
+
+    def run(self, take: Callable[[str, TextDelta], int], *, total: int, use_tqdm: bool) -> None:
+        """Run to the end; `take` gets what is new, and says how many requests it finished."""
+        with tqdm(total=total, unit="prompt", disable=not use_tqdm) as progress:
+            try:
+                while self.open:
+                    for request_id, delta in self.step():
+                        progress.update(take(request_id, delta))
+            finally:
+                self.abort()
 
     def step(self) -> list[tuple[str, TextDelta]]:
         """Run one step of the engine; return (the user's request id, what is new) for each."""
@@ -272,7 +417,9 @@ def _one_each(
     return list(sampling)
 
 
-def _empty_output(request_id: str, prompt: _Prompt, sampling: SamplingParams) -> RequestOutput:
+def _empty_output(
+    request_id: str, prompt: EncodedPrompt, sampling: SamplingParams
+) -> RequestOutput:
     answers = [
         CompletionOutput(index, logprobs=None if sampling.logprobs is None else [])
         for index in range(sampling.n)
@@ -285,6 +432,8 @@ def _extend(output: RequestOutput, delta: TextDelta) -> int:
     answer = output.outputs[delta.index]
     answer.text += delta.text
     output.num_cached_tokens = max(output.num_cached_tokens, delta.num_cached_tokens)
+    if delta.prompt_logprobs is not None:
+        output.prompt_logprobs = [None, *delta.prompt_logprobs]
     answer.token_ids += delta.token_ids
     if answer.logprobs is not None and delta.logprobs is not None:
         answer.logprobs += delta.logprobs

@@ -4,28 +4,23 @@ Owns the measuring: torch's allocator on a GPU, storages that are alive on a CPU
 is `octavo.config.memory_plan`'s, and this module changes nothing in an engine.
 """
 
-import gc
 import logging
-import types
 from dataclasses import dataclass
 
+import msgspec
 import torch
-from torch import Tensor
 
 from octavo.config import DeviceFacts, ResolvedConfig
 from octavo.config.memory_plan import plan_memory
 from octavo.config.planned_devices import device_budget
-from octavo.core import Request, SamplingParams
+from octavo.core import NO_TOKENS, PoolingParams, Request, SamplingParams
 from octavo.engine.core import EngineCore
-from octavo.runner import ModelRunner
+from octavo.runner import ModelRunner, reachable_storages
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
 TOLERANCE = 0.05
-
-# Not followed in the search for tensors: their globals reach the whole process.
-_CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +78,7 @@ class MemoryMeter:
 
     def __init__(self, config: ResolvedConfig, facts: DeviceFacts):
         self._on_gpu = config.device == "cuda"
+        self._is_estimate = config.model.is_bridged
         major = torch.cuda.get_device_capability()[0] if self._on_gpu else 0
         budget = device_budget(
             facts, major=major, utilization=config.gpu_memory_utilization, has_context=True
@@ -134,27 +130,15 @@ class MemoryMeter:
         if self._host_kv_bytes:
             lines.append(Comparison("KV on the host", self._host_kv_bytes, self._host_kv))
         report = MemoryReport(tuple(lines))
-        level = logging.INFO if report.largest_error <= TOLERANCE else logging.WARNING
-        logger.log(level, "memory: %s", report)
+        is_good = self._is_estimate or report.largest_error <= TOLERANCE
+        level = logging.INFO if is_good else logging.WARNING
+        logger.log(level, "memory%s: %s", ", estimated" if self._is_estimate else "", report)
         return report
 
 
 def reachable_bytes(root: object) -> int:
     """Bytes of the tensor storages that `root` leads to, each counted once."""
-    seen: set[int] = set()
-    storages: dict[int, int] = {}
-    waiting = [root]
-    while waiting:
-        found = waiting.pop()
-        if id(found) in seen or isinstance(found, _CODE):
-            continue
-        seen.add(id(found))
-        if isinstance(found, Tensor):
-            storage = found.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-        else:
-            waiting += gc.get_referents(found)
-    return sum(storages.values())
+    return sum(storage.nbytes() for storage in reachable_storages(root))
 
 
 def with_activations(report: MemoryReport, measured_bytes: int) -> MemoryReport:
@@ -179,12 +163,14 @@ def measure_largest_step(core: EngineCore, config: ResolvedConfig) -> int:
     for i in range(num_seqs):
         length = min(share + (i < rest), config.max_model_len - 1)
         prompt = [(i + j) % config.model.vocab_size for j in range(length)]
-        sampling = SamplingParams(max_tokens=1, temperature=1.0)
-        core.add(
-            Request(
-                request_id=f"largest-step-{i}", prompt_token_ids=prompt, sampling=sampling, seed=0
-            )
+        draw = Request(
+            request_id=f"largest-step-{i}",
+            prompt_token_ids=prompt,
+            sampling=SamplingParams(max_tokens=1, temperature=1.0),
+            seed=0,
         )
+        read = msgspec.structs.replace(draw, sampling=NO_TOKENS, pooling=PoolingParams())
+        core.add(read if config.model.is_encoder else draw)
     if config.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

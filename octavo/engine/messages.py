@@ -2,7 +2,7 @@
 
 import msgspec
 
-from octavo.core import EngineStats, Request, RequestEvent, RequestStatus
+from octavo.core import EngineStats, ModelTasks, Request, RequestEvent, RequestStatus, SleepReport
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):
@@ -36,6 +36,25 @@ class ResetPrefixCache(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class ListExpertTokens(msgspec.Struct, frozen=True, tag=True):
+    """Tell how many tokens each expert of each layer got."""
+
+    number: int
+
+
+class Sleep(msgspec.Struct, frozen=True, tag=True):
+    """Give up memory, as `EngineCore.sleep` does."""
+
+    number: int
+    level: int
+
+
+class WakeUp(msgspec.Struct, frozen=True, tag=True):
+    """Take it back."""
+
+    number: int
+
+
 class PhaseDone(msgspec.Struct, frozen=True, tag=True):
     """A phase of the start-up is over."""
 
@@ -52,6 +71,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_num_seqs: int
     stats: EngineStats
     settings: list[tuple[str, str, str, str]]  # name, value, source, why
+    tasks: ModelTasks
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
@@ -93,6 +113,34 @@ class WasReset(msgspec.Struct, frozen=True, tag=True):
     content: None = None
 
 
+class ExpertTokens(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `ListExpertTokens`: for each layer, a number for each expert."""
+
+    number: int
+    content: dict[str, list[int]]
+
+
+class Slept(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `Sleep`."""
+
+    number: int
+    content: SleepReport
+
+
+class WokenUp(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `WakeUp`."""
+
+    number: int
+    content: None = None
+
+
+class Unable(msgspec.Struct, frozen=True, tag=True):
+    """The answer to what could not be done: nothing has changed; `message` is for the log."""
+
+    number: int
+    message: str
+
+
 class Fatal(msgspec.Struct, frozen=True, tag=True):
     """The engine's last words; `kind` is the name of the exception."""
 
@@ -100,10 +148,10 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Question = Explain | ListRequests | ResetPrefixCache
-Told = Explanation | RequestList | WasReset
+Question = Explain | ListRequests | ListExpertTokens | ResetPrefixCache | Sleep | WakeUp
+Told = Explanation | RequestList | ExpertTokens | WasReset | Slept | WokenUp
 ToEngine = AddRequests | AbortRequests | Question
-FromEngine = PhaseDone | Ready | News | Refused | Told | Fatal
+FromEngine = PhaseDone | Ready | News | Refused | Told | Unable | Fatal
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

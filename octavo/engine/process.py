@@ -24,9 +24,11 @@ from octavo.engine.logs import configure_logs
 from octavo.engine.messages import (
     AbortRequests,
     AddRequests,
+    ExpertTokens,
     Explain,
     Explanation,
     Fatal,
+    ListExpertTokens,
     ListRequests,
     News,
     PhaseDone,
@@ -34,10 +36,17 @@ from octavo.engine.messages import (
     Refused,
     RequestList,
     ResetPrefixCache,
+    Sleep,
+    Slept,
+    Told,
+    Unable,
+    WakeUp,
     WasReset,
+    WokenUp,
     decode_to_engine,
     encode,
 )
+from octavo.engine.tasks import tasks_of
 from octavo.errors import EngineDeadError, OctavoError, OverloadedError, RequestError
 
 logger = logging.getLogger("octavo.engine")
@@ -49,7 +58,8 @@ NOBODY_RUNS_MS = 1
 def main() -> None:
     """Entry point: build the engine, serve until the front end goes away."""
     configure_logs(sys.argv[2], logging.WARNING)
-    logging.getLogger("octavo.engine.memory_report").setLevel(logging.INFO)
+    for name in ("memory_report", "sleep"):
+        logging.getLogger(f"octavo.engine.{name}").setLevel(logging.INFO)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the front end's to handle
     faulthandler.enable()  # a crash in native code shows where
     faulthandler.register(signal.SIGUSR1)  # and so does a step that hangs, when it is asked
@@ -94,6 +104,7 @@ def _run(options: EngineOptions, socket: "zmq.Socket[bytes]") -> None:
                 max_num_seqs=config.max_num_seqs,
                 stats=core.stats(),
                 settings=[(s.name, str(s.value), s.source, s.why) for s in config.settings],
+                tasks=tasks_of(config.model),
             )
         )
     )
@@ -132,10 +143,38 @@ def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> tuple[list[Reques
                 socket.send(encode(Explanation(number, core.why(request_id))))
             case ListRequests(number):
                 socket.send(encode(RequestList(number, core.requests())))
+            case ListExpertTokens(number):
+                socket.send(encode(ExpertTokens(number, core.expert_tokens())))
             case ResetPrefixCache(number):
                 core.reset_prefix_cache()
                 socket.send(encode(WasReset(number)))
+            case Sleep(number, level):
+                socket.send(encode(_sleep(core, number, level)))
+            case WakeUp(number):
+                socket.send(encode(_wake_up(core, number)))
     return events, num_new
+
+
+def _sleep(core: EngineCore, number: int, level: int) -> Told | Unable:
+    gc.unfreeze()  # what is given up must not stay for a cycle that nobody looks for
+    try:
+        return Slept(number, core.sleep(level))
+    except Exception as error:  # of whatever kind: the engine is what it was before
+        return _unable(number, "cannot sleep", error)
+
+
+def _wake_up(core: EngineCore, number: int) -> Told | Unable:
+    try:
+        core.wake_up()
+    except Exception as error:  # memory or a file may be there again when it is next asked
+        return _unable(number, "cannot wake up", error)
+    gc.freeze()
+    return WokenUp(number)
+
+
+def _unable(number: int, what: str, error: Exception) -> Unable:
+    logger.error("the engine %s", what, exc_info=error)
+    return Unable(number, f"the engine {what}: {type(error).__name__}: {error}")
 
 
 def _refusal(request_id: str, error: RequestError | OverloadedError) -> Refused:

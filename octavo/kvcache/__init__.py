@@ -3,6 +3,7 @@
 from octavo.kvcache.allocator import Allocator, PagedAllocator, PrefixAllocator
 from octavo.kvcache.block_pool import BlockPool
 from octavo.kvcache.contiguous import BuddyAllocator, ContiguousAllocator
+from octavo.kvcache.nothing import NoBlocks
 from octavo.kvcache.registry import ALLOCATORS, create_allocator
 from octavo.kvcache.tiers import TieredAllocator
 from octavo.kvcache.usage import MemoryUse, measure_memory
@@ -14,6 +15,7 @@ __all__ = [
     "BuddyAllocator",
     "ContiguousAllocator",
     "MemoryUse",
+    "NoBlocks",
     "PagedAllocator",
     "PrefixAllocator",
     "TieredAllocator",

@@ -6,9 +6,10 @@
 from collections.abc import Iterable
 from typing import Protocol
 
-from octavo.core import Sequence, Tier, Transfer
+from octavo.core import RUNNING, Sequence, Tier, Transfer
+from octavo.errors import IntegrityError
 from octavo.kvcache.block_pool import BlockPool
-from octavo.kvcache.prefix import block_key, chain_root
+from octavo.kvcache.prefix import block_key, block_key_with_images, chain_root
 
 
 class Allocator(Protocol):
@@ -90,6 +91,14 @@ class Allocator(Protocol):
         ...
 
 
+def check_slots(live: Iterable[Sequence], block_size: int) -> None:
+    """Raise `IntegrityError` where a running sequence has more computed tokens than slots."""
+    for sequence in live:
+        num_slots = len(sequence.block_ids) * block_size
+        if sequence.status is RUNNING and sequence.num_computed_tokens > num_slots:
+            raise IntegrityError(f"{sequence.id} has computed more tokens than it has slots")
+
+
 class PagedAllocator:
     """PagedAttention's allocator: blocks on demand, anywhere (arXiv 2309.06180, section 4).
 
@@ -131,7 +140,7 @@ class PagedAllocator:
         if sequence.fork is None:
             return 0
         parent, num_common = sequence.fork
-        num_tokens = min(num_common, parent.num_committed_tokens, len(sequence.token_ids) - 1)
+        num_tokens = min(num_common, parent.num_committed_tokens, sequence.num_reusable_tokens)
         if not parent.block_ids or num_tokens <= 0:
             return 0
         self._share(sequence, parent.block_ids[: -(-num_tokens // self.block_size)])
@@ -186,6 +195,8 @@ class PagedAllocator:
         """Nothing can be found."""
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
+        live = list(live)
+        check_slots(live, self.block_size)
         self._pool.check_integrity([sequence.block_ids for sequence in live])
 
     def _share(self, sequence: Sequence, block_ids: list[int]) -> None:
@@ -258,7 +269,7 @@ class PrefixAllocator(PagedAllocator):
         self._pool.forget_all()
 
     def _num_findable(self, sequence: Sequence) -> int:
-        return (len(sequence.token_ids) - 1) // self.block_size
+        return sequence.num_reusable_tokens // self.block_size
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
         """The key of a sequence's full block; keys are computed once and kept."""
@@ -266,5 +277,9 @@ class PrefixAllocator(PagedAllocator):
         while len(keys) <= index:
             parent = keys[-1] if keys else chain_root(sequence.request.cache_extras)
             start = len(keys) * self.block_size
-            keys.append(block_key(parent, sequence.token_ids[start : start + self.block_size]))
+            token_ids = sequence.token_ids[start : start + self.block_size]
+            if sequence.images:
+                keys.append(block_key_with_images(parent, token_ids, start, sequence.images))
+            else:
+                keys.append(block_key(parent, token_ids))
         return keys[index]

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from octavo.core import Sequence, Tier, Transfer
 from octavo.errors import IntegrityError
+from octavo.kvcache.allocator import check_slots
 from octavo.kvcache.run_pools import BuddyPool, FirstFitPool, RunPool
 
 
@@ -98,6 +99,8 @@ class RunAllocator(ABC):
         return  # nothing can be found
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
+        live = list(live)
+        check_slots(live, self.block_size)
         held: dict[int, int] = {}
         for sequence in live:
             table = sequence.block_ids
@@ -113,8 +116,7 @@ class RunAllocator(ABC):
         self._pool.check_integrity(held)
 
     def _num_reserved_blocks(self, sequence: Sequence) -> int:
-        # The last token generated is never computed, so it needs no slot.
-        return self.num_blocks_for(sequence.max_num_tokens - 1)
+        return self.num_blocks_for(sequence.max_num_computed_tokens)
 
 
 class ContiguousAllocator(RunAllocator):

@@ -10,6 +10,8 @@ import hashlib
 from array import array
 from collections.abc import Sequence as SequenceOf
 
+from octavo.core import ImageInput
+
 
 def chain_root(extras: SequenceOf[str]) -> bytes:
     """The key before the first block. Requests with different `extras` never share a block."""
@@ -24,3 +26,20 @@ def chain_root(extras: SequenceOf[str]) -> bytes:
 def block_key(parent: bytes, token_ids: SequenceOf[int]) -> bytes:
     """The key of a full block, given the key of the one before it."""
     return hashlib.sha256(parent + array("q", token_ids).tobytes()).digest()
+
+
+def block_key_with_images(
+    parent: bytes, token_ids: SequenceOf[int], start: int, images: SequenceOf[ImageInput]
+) -> bytes:
+    """The key of a full block from token `start` on: of its tokens, and of the images in it.
+
+    All images have the same token, so it is their contents, and which of their rows these are, that
+    tells blocks apart. A block without images has the key that `block_key` gives it.
+    """
+    end, digest = start + len(token_ids), hashlib.sha256(parent + array("q", token_ids).tobytes())
+    for image in images:
+        if image.start < end and image.end > start:
+            name = image.key.encode()
+            place = array("q", (len(name), image.start - start, image.num_tokens))
+            digest.update(place.tobytes() + name)
+    return digest.digest()

@@ -3,6 +3,7 @@
 from octavo.errors import ConfigError
 from octavo.kvcache.allocator import Allocator, PagedAllocator, PrefixAllocator
 from octavo.kvcache.contiguous import BuddyAllocator, ContiguousAllocator
+from octavo.kvcache.nothing import NoBlocks
 
 ALLOCATORS = ("contiguous", "contiguous-buddy", "paged", "paged+prefix")
 
@@ -12,10 +13,14 @@ def create_allocator(
 ) -> Allocator:
     """The allocator of this name over a pool of `num_blocks` blocks.
 
+    Beside the ladder there is "none", of models that keep nothing.
+
     Raises:
         ConfigError: there is none of this name.
     """
     match name:
+        case "none":
+            return NoBlocks(block_size)
         case "contiguous":
             return ContiguousAllocator(num_blocks, block_size, max_model_len=max_model_len)
         case "contiguous-buddy":

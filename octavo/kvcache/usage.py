@@ -48,7 +48,7 @@ class MemoryUse:
 
 def longest_end(sequence: Sequence) -> int:
     """Tokens whose KV a sequence may come to hold; the last one generated is never computed."""
-    return sequence.max_num_tokens - 1
+    return sequence.max_num_computed_tokens
 
 
 def measure_memory(

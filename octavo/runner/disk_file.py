@@ -55,13 +55,18 @@ class DiskFile:
                 f"another engine uses the KV file {path}; give each its own with "
                 "--kv-offloading-disk-path"
             ) from error
-        head = _HEAD.pack(_MAGIC, fingerprint, block_bytes)
+        self._path = path
+        self.adopt(fingerprint)
+
+    def adopt(self, fingerprint: bytes) -> None:
+        """What is written from now on has this meaning; what was there with another is dropped."""
+        head = _HEAD.pack(_MAGIC, fingerprint, self._block_bytes)
         if os.pread(self._file, _HEAD.size, 0) != head:
             if os.fstat(self._file).st_size:
-                logger.warning("the KV file %s is of another model or layout: emptied", path)
+                logger.warning("the KV file %s is of another model or layout: emptied", self._path)
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, head, 0)
-        os.ftruncate(self._file, self._offset(num_slots))
+        os.ftruncate(self._file, self._offset(self.num_slots))
 
     def keys(self) -> dict[int, bytes]:
         """Slot -> key of every slot in use, in the order in which they were written.

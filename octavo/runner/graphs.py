@@ -98,7 +98,7 @@ class StepGraphs:
     def shape_for(self, sizes: StepSizes) -> Shape | None:
         """The smallest shape that a step fits in, or None."""
         limits = self._limits
-        if max(sizes.num_seqs, sizes.num_samples) > limits.max_num_seqs:
+        if max(sizes.num_seqs, sizes.num_wanted) > limits.max_num_seqs:
             return None
         if sizes.num_tokens == sizes.num_seqs == sizes.num_samples:
             size = _at_least(self._decodes, sizes.num_seqs)

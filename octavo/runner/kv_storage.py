@@ -19,13 +19,15 @@ from octavo.runner.disk_file import DiskFile
 def allocate_kv_caches(
     specs: list[KVSpec], *, num_blocks: int, block_size: int, dtype: torch.dtype, device: str
 ) -> list[Tensor]:
-    """The KV storage of each layer, [2, num_blocks, Hkv, block_size, D], uninitialised.
+    """The KV storage of each layer, [parts, num_blocks, Hkv, block_size, D], uninitialised.
+
+    There are two parts, keys and values, or one that holds both: see `KVSpec`.
 
     On a CPU the system backs a page when it is first written, so unused blocks cost no memory.
     """
     return [
         torch.empty(
-            (2, num_blocks, spec.num_kv_heads, block_size, spec.head_dim),
+            (spec.num_parts, num_blocks, spec.num_kv_heads, block_size, spec.head_dim),
             dtype=dtype,
             device=device,
         )
@@ -46,26 +48,35 @@ class _Group:
 class KVStorage:
     """The KV blocks of all layers and tiers. Sole writer of host and disk; kernels write devices'.
 
-    kv_caches: [2, num_blocks, Hkv, block_size, D] for each layer, all of one dtype and device.
+    kv_caches: [parts, num_blocks, Hkv, block_size, D] for each layer, all of one dtype and device.
     A block below the device is one row with all layers' keys and values one after the other.
+    Without layers (an encoder) there is nothing to keep, and no block anywhere.
     """
 
     def __init__(
         self, kv_caches: list[Tensor], *, num_host_blocks: int = 0, disk: DiskFile | None = None
     ):
         self.kv_caches = kv_caches
-        first = kv_caches[0]
         self._sizes = [cache[:, 0].numel() for cache in kv_caches]
         self._host = torch.empty(
-            (num_host_blocks, sum(self._sizes)), dtype=first.dtype, pin_memory=first.is_cuda
+            (num_host_blocks, sum(self._sizes)),
+            dtype=kv_caches[0].dtype if kv_caches else None,
+            pin_memory=any(cache.is_cuda for cache in kv_caches),
         )
         self._disk = disk
 
     @property
     def padding_slot(self) -> int:
         """A slot of the last block: where tokens of nobody go, if there is one block too many."""
+        if not self.kv_caches:
+            return 0
         num_blocks, _, block_size = self.kv_caches[0].shape[1:4]
         return int((num_blocks - 1) * block_size)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all blocks, on the device and on the host."""
+        return self.host_bytes + sum(cache.nbytes for cache in self.kv_caches)
 
     @property
     def host_bytes(self) -> int:
@@ -106,7 +117,7 @@ class KVStorage:
 
         Only before anything is in the blocks: their contents change.
         """
-        count = min(8, len(self._host), self.kv_caches[0].shape[1])
+        count = min(8, len(self._host), *(cache.shape[1] for cache in self.kv_caches[:1]))
         if not count:
             return None
         out = [Transfer(Tier.DEVICE, i, Tier.HOST, i) for i in range(count)]
@@ -114,11 +125,6 @@ class KVStorage:
         both = (*out, *back)
         self.transfer(both)  # the first touch of new memory costs more
         return self.transfer(both)[1] / len(both)
-
-    def close(self) -> None:
-        """Give the disk's file back; what is in it stays."""
-        if self._disk is not None:
-            self._disk.close()
 
     def _gather(self, blocks: list[int]) -> Tensor:
         """[n, values of a block] on the host, of n device blocks."""
@@ -128,8 +134,8 @@ class KVStorage:
     def _scatter(self, rows: Tensor, blocks: list[int]) -> None:
         pieces = torch.split(rows.to(self.kv_caches[0].device), self._sizes, 1)
         for cache, piece in zip(self.kv_caches, pieces, strict=True):
-            _, _, num_heads, block_size, head_dim = cache.shape
-            shaped = piece.reshape(-1, 2, num_heads, block_size, head_dim)
+            num_parts, _, num_heads, block_size, head_dim = cache.shape
+            shaped = piece.reshape(-1, num_parts, num_heads, block_size, head_dim)
             cache[:, blocks] = shaped.transpose(0, 1)
 
     def _write(self, group: _Group, transfers: tuple[Transfer, ...]) -> Iterator[int]:

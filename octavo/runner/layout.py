@@ -10,6 +10,7 @@ import numpy as np
 from octavo.core import ScheduledTokens
 from octavo.kernels import KNOWN_TO_THE_DEVICE
 from octavo.runner.packet import Packet, StepSizes
+from octavo.runner.reads import NO_READS, StepReads
 from octavo.runner.rows import Row, Rows
 from octavo.runner.stages import StepBounds
 
@@ -27,22 +28,24 @@ class StepLayout:
     draw_row_indices: list[int]  # [S]
     draw_rows: list[Row]  # [S]; a draft's is the row as if it and those before it were right
     bounds: StepBounds
+    reads: StepReads = NO_READS
 
     @property
     def sizes(self) -> StepSizes:
         """What the packet must have room for."""
-        return StepSizes(len(self.row_indices), len(self.token_ids), len(self.draw_rows))
+        num_draws, num_reads = len(self.draw_rows), len(self.reads.index)
+        return StepSizes(len(self.row_indices), len(self.token_ids), num_draws, num_reads)
 
     def write(self, packet: Packet, rows: Rows) -> None:
         """Fill a packet that is at least as large; what it has more is nobody's."""
-        num_seqs, num_tokens, num_samples = self.sizes
+        _, num_tokens, num_samples, num_reads = self.sizes
         shares, draws = packet.shares, packet.draws
         for section, values, filler in (
             (shares.rows, self.row_indices, rows.nobody),
             (shares.starts, self.starts, 0),
             (shares.query_starts, self.query_starts, num_tokens),
             (draws.plain.positions, self.draw_positions, 0),
-            (draws.index, self.draw_index, 0),
+            (draws.index, self.draw_index + self.reads.index if num_reads else self.draw_index, 0),
         ):
             numbers = section.numpy()
             numbers[: len(values)] = values

@@ -9,6 +9,7 @@ from octavo.errors import ConfigError
 from octavo.kernels import Case, triton_support
 from octavo.layers import kv_specs
 from octavo.models import Model
+from octavo.runner.images import ImageStore, create_image_store, largest_pictures
 from octavo.runner.kv_storage import KVStorage, allocate_kv_caches
 from octavo.runner.model_runner import ModelRunner
 from octavo.runner.packet import StepSizes
@@ -51,7 +52,8 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
     """Bytes left under `gpu_memory_utilization` after weights and the activations of a full step.
 
     The step has `max_num_batched_tokens` tokens in `max_num_seqs` sequences, all of them sampled.
-    CUDA graphs hold as much once more: a step that fits no graph runs beside them.
+    CUDA graphs hold as much once more: a step that fits no graph runs beside them. A model that
+    sees encodes as many images as a step may, too, and has the memory for rows of images.
 
     Raises:
         ConfigError: nothing is left.
@@ -65,9 +67,12 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
     graphs = 0 if config.enforce_eager else peak - before + graph_overhead_bytes(config)
+    peak = max(peak, _encoding_peak(model, config))
     left = int(total * config.gpu_memory_utilization) - others - peak - graphs
     # One block is nobody's: what fills a batch up writes there.
     left -= config.kv_block_bytes
+    if config.model.vision is not None:
+        left -= config.encoder_cache_bytes
     if left < config.kv_block_bytes:
         raise ConfigError(
             f"no memory is left for the KV cache: weights and activations peak at {peak // MIB} "
@@ -76,6 +81,26 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
             "gpu_memory_utilization, or lower max_num_batched_tokens"
         )
     return left
+
+
+def _encoding_peak(model: Model, config: ResolvedConfig) -> int:
+    """Bytes at the peak of the largest step of an encoder; 0 where there is none."""
+    store = create_image_store(model, config.model, config.device)
+    if store is None:
+        return 0
+    torch.cuda.reset_peak_memory_stats()
+    encode_largest(store, config)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del store
+    torch.cuda.empty_cache()
+    return peak
+
+
+@torch.inference_mode()
+def encode_largest(store: ImageStore, config: ResolvedConfig) -> None:
+    """Have a store encode as much as one step may."""
+    store.update(StepPlan(0, (), (), (), pictures=largest_pictures(config)))
 
 
 def _run_full_step(model: Model, config: ResolvedConfig) -> None:

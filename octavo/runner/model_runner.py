@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,13 +10,24 @@ from msgspec import structs
 from torch import Tensor
 
 from octavo.config.memory_plan import NEW_BLOCKS_WORDS
-from octavo.core import Grammars, SampledTokens, ScheduledTokens, StepPlan, StepResult
+from octavo.core import (
+    FailureCode,
+    Grammars,
+    Reading,
+    SampledTokens,
+    ScheduledTokens,
+    StepPlan,
+    StepResult,
+)
 from octavo.models import Model
 from octavo.runner.graphs import Recorder, StepGraphs, cuda_recorder
+from octavo.runner.images import ImageStore
 from octavo.runner.kv_storage import KVStorage
+from octavo.runner.lack_of_memory import memory_errors
 from octavo.runner.layout import StepLayout, lay_out
 from octavo.runner.links import Readback, Uplink
 from octavo.runner.packet import Packet, Packets, StepSizes
+from octavo.runner.reads import NOT_FINITE, lay_out_reads, read
 from octavo.runner.rows import NewBlocks, Row, Rows, StepLimits
 from octavo.runner.sampler import Drawn, sample
 from octavo.runner.stages import Stages, StepBounds
@@ -37,11 +49,13 @@ class ModelRunner:
         device: str,
         num_threads: int | None = None,
         grammars: Grammars | None = None,
+        images: ImageStore | None = None,
     ):
         self._storage = storage
         self._limits = limits
         self._num_threads = num_threads
         self._thread: int | None = None  # the one that `num_threads` was last set for
+        self._images = images  # None: the model sees none
         self._rows = Rows(limits, device, grammars)
         self._stages = Stages(
             model,
@@ -99,42 +113,72 @@ class ModelRunner:
         """Run one step; the result has a token for each share that `samples`."""
         return self.launch(plan).result()
 
+    @memory_errors()
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> "PendingStep":
-        """Hand one step to the device. Its result may be read after the next one is launched."""
+        """Hand one step to the device. Its result may be read after the next one is launched.
+
+        Raises:
+            MemoryError: no memory is left to compute it in; a smaller step may be possible.
+        """
         self._set_num_threads()
         new_blocks = self._rows.update(plan)
         failed, transfer_s = self._storage.transfer(plan.transfers)
+        if self._images is not None:
+            self._images.update(plan)
         rows = [self._rows[share.sequence_id] for share in plan.scheduled]
-        draws = self._run(lay_out(plan.scheduled, rows), new_blocks) if rows else _nothing
+        draws, readings = self._run(plan, rows, new_blocks) if rows else (_nothing, _no_readings)
         for share, row in zip(plan.scheduled, rows, strict=True):
             row.num_computed_tokens += share.num_tokens
             row.num_tokens += share.samples and not share.draft_ids
         bare = StepResult(plan.step, (), failed, transfer_s)
-        self._unread = PendingStep(bare, plan.scheduled, rows, draws)
+        self._unread = PendingStep(bare, plan.scheduled, rows, draws, readings)
         return self._unread
 
-    def _run(self, step: StepLayout, new_blocks: NewBlocks) -> Callable[[], Drawn]:
-        """Send the step down, run the model over it and draw; the draws can be asked for later."""
+    def _run(
+        self, plan: StepPlan, rows: list[Row], new_blocks: NewBlocks
+    ) -> tuple[Callable[[], Drawn], Callable[[], tuple[Reading, ...]]]:
+        """Send a step down, run the model over it, draw and read; both can be asked for later."""
+        step = lay_out(plan.scheduled, rows)
+        if readers := self._rows.readers:
+            reads = lay_out_reads(plan.scheduled, step.starts, step.query_starts, readers)
+            step = replace(step, reads=reads)
         graphs, stages, sizes = self._graphs, self._stages, step.sizes
-        shape = None if graphs is None else graphs.shape_for(sizes)
-        truncates = step.truncates(self._rows)
-        is_plain = not any(row.wants_more_than_a_draw for row in step.draw_rows)
+        images = None if self._images is None else self._images.among(step, rows)
+        # Steps with images run without a graph: whoever adds a prompt's worth of rows can wait for
+        # its launches.
+        shape = None if graphs is None or images is not None else graphs.shape_for(sizes)
         if graphs is not None and shape is not None:
             packet = self._send(step, partial(graphs.packet, shape=shape), new_blocks)
-            hidden = graphs.run_model(shape)[: sizes.num_samples]
-            if is_plain and step.draw_rows:
-                token_ids = graphs.draw(sizes.num_samples, truncates=truncates)
-                return Readback(token_ids, stages.device).wait
+            hidden = graphs.run_model(shape)
         else:
             packet = self._send(step, partial(self._packets.over, sizes=sizes), new_blocks)
             inputs = stages.allocate_inputs(sizes, step.bounds.max_context_len)
-            hidden = stages.run_model(packet.shares, packet.draws, inputs, step.bounds)
-        if not step.draw_rows:
+            hidden = stages.run_model(
+                packet.shares, packet.draws, inputs, step.bounds, images=images
+            )
+        readings = _no_readings
+        if sizes.num_reads:
+            num_at_once = self._limits.num_scored_at_once
+            wanted = hidden[sizes.num_samples : sizes.num_wanted]
+            readings = read(wanted, step.reads, logits=stages.logits, num_at_once=num_at_once)
+        draws = self._draw(step, hidden, packet, in_graph=shape is not None)
+        return draws, readings
+
+    def _draw(
+        self, step: StepLayout, hidden: Tensor, packet: Packet, *, in_graph: bool
+    ) -> Callable[[], Drawn]:
+        """Draw from the first of these hidden states; what came of it can be asked for later."""
+        stages, num_samples = self._stages, len(step.draw_rows)
+        if not num_samples:
             return Readback(None, stages.device).wait
-        draw = partial(
-            stages.draw, draws=packet.draws.first(sizes.num_samples), truncates=truncates
-        )
+        truncates = step.truncates(self._rows)
+        is_plain = not any(row.wants_more_than_a_draw for row in step.draw_rows)
+        if is_plain and in_graph and self._graphs is not None:
+            token_ids = self._graphs.draw(num_samples, truncates=truncates)
+            return Readback(token_ids, stages.device).wait
+        hidden = hidden[:num_samples]
+        draw = partial(stages.draw, draws=packet.draws.first(num_samples), truncates=truncates)
         if is_plain:
             return Readback(draw(stages.logits(hidden)), stages.device).wait
         logits = stages.logits(hidden)
@@ -182,11 +226,13 @@ class PendingStep:
         shares: tuple[ScheduledTokens, ...],
         rows: list[Row],
         draws: Callable[[], Drawn],
+        readings: Callable[[], tuple[Reading, ...]],
     ):
         self._bare = bare  # all but the tokens
         self._shares = shares
         self._rows = rows
         self._draws = draws
+        self._readings = readings
         self._result: StepResult | None = None
 
     def result(self) -> StepResult:
@@ -205,12 +251,18 @@ class PendingStep:
                     row.token_ids.append(token_id)
                     sampled.append(SampledTokens(share.sequence_id, (token_id,)))
                     place += 1
-            self._result = structs.replace(self._bare, sampled=tuple(sampled))
+            self._result = structs.replace(
+                self._bare, sampled=tuple(sampled), readings=self._readings()
+            )
         return self._result
 
 
 def _nothing() -> Drawn:
     return Drawn([])
+
+
+def _no_readings() -> tuple[Reading, ...]:
+    return ()
 
 
 def _take(share: ScheduledTokens, row: Row, drawn: Drawn, places: slice) -> SampledTokens:
@@ -230,10 +282,10 @@ def _take(share: ScheduledTokens, row: Row, drawn: Drawn, places: slice) -> Samp
         row.num_tokens = len(row.token_ids)
         row.num_computed_tokens = row.num_tokens - 1
     if token_ids[-1] < 0:
-        error = "the model's output was not a finite number"
+        error, code = NOT_FINITE, FailureCode.NUMERICAL_ERROR
         if row.matcher is not None and row.matcher.error:
-            error = row.matcher.error
-        return SampledTokens(share.sequence_id, (), error=error)
+            error, code = row.matcher.error, FailureCode.GENERATION_FAILED
+        return SampledTokens(share.sequence_id, (), error=error, error_code=code)
     reports = [] if drawn.logprobs is None else drawn.logprobs[places][: len(token_ids)]
     logprobs = tuple(report for report in reports if report is not None)
     return SampledTokens(share.sequence_id, tuple(token_ids), logprobs or None)

@@ -20,6 +20,12 @@ class StepSizes(NamedTuple):
     num_seqs: int
     num_tokens: int
     num_samples: int
+    num_reads: int = 0  # hidden states that are wanted, and not to draw from
+
+    @property
+    def num_wanted(self) -> int:
+        """Hidden states that come out of the model."""
+        return self.num_samples + self.num_reads
 
 
 def _aligned(num_words: int) -> int:
@@ -33,7 +39,9 @@ class Draws:
     plain: DrawOptions  # those of every row, for a step in which none truncates
     truncating: DrawOptions  # the same columns
     rows: Tensor  # [S] int32: the row that each drawn token belongs to
-    index: Tensor  # [S] int32: the token of the step whose hidden state each is drawn from
+    # [S] int32: the token of the step whose hidden state each is drawn from; behind them, where the
+    # packet has room for them, those whose hidden states are wanted for something else
+    index: Tensor
 
     def first(self, num_samples: int) -> "Draws":
         """Only so many of them."""
@@ -113,6 +121,6 @@ class Packets:
 
 def _lengths(sizes: StepSizes) -> tuple[int, ...]:
     """Words of each section, in their order."""
-    num_seqs, num_tokens, num_samples = sizes
-    draws = (2 * num_samples,) * 2 + (num_samples,) * 6
-    return (*draws, num_seqs, num_seqs, num_seqs + 1, num_tokens)
+    num_seqs, num_tokens, num_samples, _ = sizes
+    draws = (2 * num_samples,) * 2 + (num_samples,) * 5
+    return (*draws, sizes.num_wanted, num_seqs, num_seqs, num_seqs + 1, num_tokens)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from octavo.config import ResolvedConfig
+from octavo.config.planned_steps import num_scored_at_once
 from octavo.core import Grammars, Matcher, NewSequence, StepPlan
 from octavo.errors import IntegrityError
 from octavo.kernels import DeviceRows, DrawOptions
+from octavo.runner.reads import Reader, create_reader
 
 INT32_MAX = 2**31 - 1
 
@@ -25,12 +27,16 @@ NewBlocks = tuple[list[int], list[int]]
 
 @dataclass(frozen=True, slots=True)
 class StepLimits:
-    """The most that one step, and one sequence, can ask of a runner."""
+    """The most that one step, and one sequence, can ask of a runner.
+
+    num_scored_at_once: prompt tokens whose logits are held at the same time.
+    """
 
     max_num_seqs: int
     max_num_batched_tokens: int
     max_model_len: int
     block_size: int
+    num_scored_at_once: int = 64
 
     @property
     def max_num_blocks(self) -> int:
@@ -45,6 +51,7 @@ def step_limits(config: ResolvedConfig) -> StepLimits:
         max_num_batched_tokens=config.max_num_batched_tokens,
         max_model_len=config.max_model_len,
         block_size=config.block_size,
+        num_scored_at_once=num_scored_at_once(config),
     )
 
 
@@ -53,6 +60,8 @@ class Row:
 
     __slots__ = (
         "banned",
+        "grid_positions",
+        "images",
         "index",
         "matcher",
         "min_num_tokens",
@@ -81,6 +90,9 @@ class Row:
         self.seed = new.seed
         self.stop_ids = new.stop_ids
         self.banned = new.banned
+        self.images = new.images
+        # Of the prompt, and what is added to those after it; made where a model turns by them.
+        self.grid_positions: tuple[npt.NDArray[np.int64], int] | None = None
         self.num_logprobs = new.num_logprobs
         self.min_num_tokens = new.num_prompt_tokens + sampling.min_tokens
         self.shapes_logits = (
@@ -157,6 +169,7 @@ class Rows:
         self._limits = limits
         self._grammars = grammars
         self._rows: dict[str, Row] = {}
+        self.readers: dict[str, Reader] = {}  # of those rows whose hidden states are read
         self._free = list(range(limits.max_num_seqs - 1, -1, -1))
         self.nobody = limits.max_num_seqs
         self.options = OptionColumns(limits.max_num_seqs + 1)
@@ -201,6 +214,8 @@ class Rows:
             matcher = self._grammars.matcher(shape)
         row = Row(new, self._free.pop(), matcher)
         self._rows[new.sequence_id] = row
+        if (reader := create_reader(new)) is not None:
+            self.readers[new.sequence_id] = reader
         self.options.set(row.index, row)
         return row
 
@@ -208,6 +223,7 @@ class Rows:
         row = self._rows.pop(sequence_id, None)
         if row is not None:
             self._free.append(row.index)
+            self.readers.pop(sequence_id, None)
 
     def _write(
         self,

@@ -19,7 +19,7 @@ from octavo.kernels import (
     PreparedInputs,
     StepShares,
 )
-from octavo.layers import StepContext
+from octavo.layers import StepContext, StepImages
 from octavo.models import Model
 from octavo.runner.packet import Draws, StepSizes
 
@@ -69,9 +69,15 @@ class Stages:
         )
 
     def run_model(
-        self, shares: StepShares, draws: Draws, inputs: PreparedInputs, bounds: StepBounds
+        self,
+        shares: StepShares,
+        draws: Draws,
+        inputs: PreparedInputs,
+        bounds: StepBounds,
+        *,
+        images: StepImages | None = None,
     ) -> Tensor:
-        """One pass over the step's tokens -> the hidden states to draw from, [S, hidden_size]."""
+        """One pass over the step's tokens -> the hidden states of `draws.index`, in its order."""
         self._prepare(
             shares,
             self._rows,
@@ -86,14 +92,16 @@ class Stages:
             max_query_len=bounds.max_query_len,
             max_context_len=bounds.max_context_len,
         )
-        num_tokens, num_samples = len(inputs.token_ids), len(draws.index)
-        draws_from_all = bounds.max_query_len == 1 and num_samples == num_tokens
+        draws_from_all = bounds.max_query_len == 1 and len(draws.rows) == len(draws.index) == len(
+            inputs.token_ids
+        )
         context = StepContext(
             inputs.positions,
             inputs.slots,
             attention,
             self._kv_caches,
             wanted=None if draws_from_all else draws.index,
+            images=images,
         )
         hidden: Tensor = self._model(inputs.token_ids, context)
         return hidden

@@ -9,7 +9,14 @@ from octavo.core import Clock, Grammars, SystemClock
 from octavo.kvcache import Allocator
 from octavo.scheduler.admission import PrefillSpeed, QueueBounds
 from octavo.scheduler.batching import create_batching
-from octavo.scheduler.constraints import Blocks, GrammarReadiness, SequenceSlots, TokenBudget
+from octavo.scheduler.constraints import (
+    Blocks,
+    GrammarReadiness,
+    SequenceSlots,
+    TokenBudget,
+    WholePrompt,
+)
+from octavo.scheduler.images import ImageBudget, ImageCache
 from octavo.scheduler.preemption import Preemption, TransferSpeed
 from octavo.scheduler.queues import create_queue
 from octavo.scheduler.scheduler import Scheduler
@@ -20,7 +27,10 @@ class SchedulerSettings:
     """What a scheduler is made of, besides its allocator.
 
     policy, batching, preemption_mode: names known to this package.
+    whole_prompts: a prompt runs in one step, as encoders need it; then `max_num_batched_tokens` is
+        at least `max_model_len`.
     copy_block_s: seconds that moving a KV block to or from the host takes, where that is known.
+    num_cached_image_tokens, max_num_encoder_tokens: bounds of images; none are seen with 0.
     max_num_queued_reqs, max_num_queued_tokens, target_ttft_ms: bounds of the queue; None is none.
     """
 
@@ -30,7 +40,10 @@ class SchedulerSettings:
     policy: str = "fcfs"
     batching: str = "chunked"
     preemption_mode: str = "recompute"
+    whole_prompts: bool = False
     copy_block_s: float | None = None
+    num_cached_image_tokens: int = 0
+    max_num_encoder_tokens: int = 0
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     target_ttft_ms: int | None = None
@@ -55,6 +68,8 @@ def create_scheduler(
             TokenBudget(settings.max_num_batched_tokens),
             SequenceSlots(settings.max_num_seqs),
             *([] if grammars is None else [GrammarReadiness(grammars)]),
+            *([WholePrompt()] if settings.whole_prompts else []),
+            *_image_budget(settings),
             Blocks(allocator),
         ],
         max_model_len=settings.max_model_len,
@@ -71,3 +86,11 @@ def create_scheduler(
         ),
         clock=clock,
     )
+
+
+def _image_budget(settings: SchedulerSettings) -> list[ImageBudget]:
+    """The constraint of models that see images; the others do not even ask."""
+    if not settings.num_cached_image_tokens:
+        return []
+    cache = ImageCache(settings.num_cached_image_tokens)
+    return [ImageBudget(cache, settings.max_num_encoder_tokens)]

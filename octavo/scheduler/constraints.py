@@ -37,6 +37,10 @@ class Constraint(Protocol):
         """A running sequence that was given nothing yet in this step was pushed out."""
         ...
 
+    def ran_out(self, num_tokens: int) -> None:
+        """A step of so many tokens found no memory to compute in."""
+        ...
+
     def explain(self, sequence: Sequence) -> str:
         """The numbers behind a refusal, in a few words. Only asked for when they are news."""
         ...
@@ -51,7 +55,8 @@ def next_end(running: SequenceOf[Sequence]) -> str:
 class TokenBudget:
     """At most so many tokens go through the model in one step (chunked prefill, arXiv 2403.02310).
 
-    It bounds the time between two tokens of every running request, and the size of activations.
+    It bounds the time between two tokens of every running request, and the size of activations:
+    after a step that found no memory, the next may be half as large, and each one twice the last.
     """
 
     name = "tokens"
@@ -61,10 +66,12 @@ class TokenBudget:
 
     def __init__(self, max_num_batched_tokens: int):
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._next_limit = self._limit = max_num_batched_tokens
         self._num_left = 0
 
     def begin_step(self, running: SequenceOf[Sequence]) -> None:
-        self._num_left = self.max_num_batched_tokens
+        self._num_left = self._limit = self._next_limit
+        self._next_limit = min(2 * self._limit, self.max_num_batched_tokens)
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
         return num_tokens if num_tokens <= self._num_left else self._num_left
@@ -75,8 +82,41 @@ class TokenBudget:
     def release(self, sequence: Sequence) -> None:
         pass
 
+    def ran_out(self, num_tokens: int) -> None:
+        self._next_limit = max(1, num_tokens // 2)
+
     def explain(self, sequence: Sequence) -> str:
-        return f"a step computes at most {self.max_num_batched_tokens} tokens"
+        return f"a step computes at most {self._limit} tokens"
+
+
+class WholePrompt:
+    """A prompt runs whole or not at all, for its tokens see each other and nothing of it is kept.
+
+    Behind the limits that may cut it: it takes what they left.
+    """
+
+    name = "whole prompt"
+    preempts = False
+    binds_running = True
+    stands_aside = False
+
+    def begin_step(self, running: SequenceOf[Sequence]) -> None:
+        pass
+
+    def allow(self, sequence: Sequence, num_tokens: int) -> int:
+        return num_tokens if num_tokens == sequence.num_uncomputed_tokens else 0
+
+    def take(self, sequence: Sequence, num_tokens: int) -> None:
+        pass
+
+    def release(self, sequence: Sequence) -> None:
+        pass
+
+    def ran_out(self, num_tokens: int) -> None:
+        pass
+
+    def explain(self, sequence: Sequence) -> str:
+        return f"a step had no room for all {sequence.num_uncomputed_tokens} tokens"
 
 
 class SequenceSlots:
@@ -105,6 +145,9 @@ class SequenceSlots:
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
 
+    def ran_out(self, num_tokens: int) -> None:
+        pass
+
     def explain(self, sequence: Sequence) -> str:
         return f"all {self.max_num_seqs} places are taken; {next_end(self._running)}"
 
@@ -131,6 +174,9 @@ class GrammarReadiness:
         pass
 
     def release(self, sequence: Sequence) -> None:
+        pass
+
+    def ran_out(self, num_tokens: int) -> None:
         pass
 
     def explain(self, sequence: Sequence) -> str:
@@ -173,6 +219,9 @@ class Blocks:
 
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
+
+    def ran_out(self, num_tokens: int) -> None:
+        pass
 
     def explain(self, sequence: Sequence) -> str:
         needed = self._allocator.num_missing_blocks(sequence, sequence.num_tokens)

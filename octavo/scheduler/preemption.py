@@ -55,6 +55,8 @@ class Preemption:
         return "computed again later"
 
     def _swaps(self, sequence: Sequence) -> bool:
+        if not sequence.num_reusable_tokens:
+            return False  # its hidden states are needed again, all of them
         if self._mode != "auto":
             return self._mode == "swap"
         block_s, tokens_per_s = self.transfers.block_s, self._prefills.tokens_per_s

@@ -16,14 +16,13 @@ from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-import msgspec
-
 from octavo.core import (
     FINISHED,
     RUNNING,
     WAITING,
     Clock,
     EngineStats,
+    FailureCode,
     FinishReason,
     Fork,
     Request,
@@ -42,13 +41,19 @@ from octavo.kvcache import Allocator
 from octavo.scheduler.admission import PrefillSpeed, QueueBounds, check_capacity
 from octavo.scheduler.batching import Batching, Chunked
 from octavo.scheduler.constraints import Constraint
+from octavo.scheduler.deadlines import Deadlines
 from octavo.scheduler.decisions import DecisionLog
 from octavo.scheduler.failed_transfers import spoilt_places
+from octavo.scheduler.images import cache_of
 from octavo.scheduler.preemption import Preemption
 from octavo.scheduler.queues import FirstComeFirstServed, QueuePolicy
+from octavo.scheduler.readings import take_readings
+from octavo.scheduler.results import check_result, has_failed, with_first_token
 from octavo.scheduler.siblings import BeamGroup, Siblings, Succession
 from octavo.scheduler.step import StepBuilder
 from octavo.scheduler.waiting import WaitingRoom
+
+_TOO_LATE = "the first token was due while the request still waited; nothing of it was computed"
 
 
 @dataclass(slots=True)
@@ -83,11 +88,13 @@ class Scheduler:
         self._clock = clock or SystemClock()
         self.decisions = DecisionLog(self._clock)
         self._constraints = tuple(constraints)
+        self.images = cache_of(self._constraints)
         # An empty queue is false, so `or` would not do.
         self._waiting = WaitingRoom(FirstComeFirstServed() if queue is None else queue)
         self._batching = batching or Chunked()
         self._bounds = bounds or QueueBounds(PrefillSpeed())
         self._preemption = preemption or Preemption(prefills=self._bounds.speed)
+        self._deadlines = Deadlines()
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
         self._siblings: dict[str, Siblings] = {}
@@ -109,6 +116,8 @@ class Scheduler:
         """
         sequences = [self._new_sequence(request) for request in requests]
         first = sequences[0]
+        for sequence in sequences[1:]:
+            sequence.pictures = first.pictures
         self._bounds.check(
             first,
             num_queued=len(self._waiting),
@@ -119,6 +128,7 @@ class Scheduler:
         for sequence in sequences:
             self._sequences[sequence.id] = sequence
             self.decisions.arrives(sequence.id)
+            self._deadlines.add(sequence)
         self._waiting.add(first)
         if len(sequences) > 1 or first.is_beam:
             group = BeamGroup(sequences) if first.is_beam else Siblings(sequences)
@@ -137,19 +147,44 @@ class Scheduler:
         max_tokens = resolve_max_tokens(
             num_prompt_tokens, request.sampling.max_tokens, self.max_model_len
         )
-        # The last token generated is never computed, so it needs no slot.
-        check_capacity(self.allocator, num_prompt_tokens + max_tokens - 1)
-        return Sequence(
+        sequence = Sequence(
             request, max_tokens, arrival_s=self._clock.now(), arrival=next(self._arrivals)
         )
+        check_capacity(self.allocator, sequence.max_num_computed_tokens)
+        self.images.check(sequence.images)
+        return sequence
 
     def abort(self, request_ids: Iterable[str]) -> list[RequestEvent]:
         """End these requests now; unknown ids are ignored, for they may just have finished."""
-        return self._end_all(request_ids, FinishReason.ABORT, None)
+        return self.end(request_ids, FinishReason.ABORT)
 
-    def fail(self, request_ids: Iterable[str], error: str) -> list[RequestEvent]:
-        """End these requests because of `error`, a sentence that clients may see."""
-        return self._end_all(request_ids, FinishReason.ERROR, error)
+    def expire(self) -> list[RequestEvent]:
+        """End those who have not begun though their first token was due; needs no free place."""
+        overdue = self._deadlines.passed(self._clock.now())
+        code = FailureCode.DEADLINE_EXCEEDED
+        return self.end(overdue, FinishReason.ERROR, _TOO_LATE, code) if overdue else []
+
+    def end(
+        self,
+        request_ids: Iterable[str],
+        reason: FinishReason,
+        error: str | None = None,
+        code: FailureCode = FailureCode.GENERATION_FAILED,
+    ) -> list[RequestEvent]:
+        """End these requests now, and whoever cannot go on without them; unknown ids are ignored.
+
+        error, code: with the reason `error`; a sentence that clients may see, and what kind it is.
+        """
+        alive = [self._sequences[i] for i in dict.fromkeys(request_ids) if i in self._sequences]
+        groups = [
+            self._siblings[s.id].ended_with(s) if s.id in self._siblings else [s] for s in alive
+        ]
+        ending = dict.fromkeys(itertools.chain.from_iterable(groups))
+        return [
+            self._finish(sequence, reason, error, code)
+            for sequence in ending
+            if sequence.status is not FINISHED
+        ]
 
     @property
     def has_work(self) -> bool:
@@ -190,6 +225,7 @@ class Scheduler:
             tuple(step.scheduled),
             dropped,
             self.allocator.take_transfers(),
+            *self.images.take_changes(),
         )
         sequences = [self._sequences[share.sequence_id] for share in plan.scheduled]
         shares = [(sequence, sequence.num_preemptions) for sequence in sequences]
@@ -199,34 +235,57 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[RequestEvent]:
         """Book what the runner did; return the news. Plans are committed in order."""
         sampled = {tokens.sequence_id: tokens for tokens in result.sampled}
-        _check_result(plan, result, sampled)
+        check_result(plan, result, sampled)
         flight = self._land(plan)
         self._commit_transfers(plan, result)
         num_prompt_tokens = 0
         events = []
+        for sequence, error in take_readings(result.readings, flight.shares, plan.step):
+            self.allocator.discredit(sequence)
+            code = FailureCode.NUMERICAL_ERROR
+            events += self.end([sequence.id], FinishReason.ERROR, error, code)
         for share, (sequence, life) in zip(plan.scheduled, flight.shares, strict=True):
             if sequence.status is FINISHED or plan.step < sequence.valid_from_step:
                 continue
             if sequence.num_preemptions == life:
                 num_prompt_tokens += sequence.commit(share)
-                if not _failed(sampled.get(share.sequence_id)):
+                if not has_failed(sampled.get(share.sequence_id)):
                     self.allocator.computed(sequence)
                     if self._siblings and sequence.id in self._siblings:
                         self._waiting.release(self._siblings[sequence.id].released())
             if share.samples:
                 num_drafts = len(share.draft_ids)
                 events += self._commit_tokens(sequence, sampled[share.sequence_id], num_drafts)
+            elif sequence.is_over_without_draws:
+                events.append(self._finish(sequence, sequence.end_without_draws))
         self._counts["prompt"] += num_prompt_tokens
         if num_prompt_tokens:
             self._bounds.speed.note(num_prompt_tokens, self._clock.now() - flight.start_s)
         return events
 
-    def discard(self, plan: StepPlan) -> None:
-        """There will be no result for this plan; whoever ran in it must be ended by `fail`."""
-        self._land(plan)
-        self.allocator.lose({(t.target_tier, t.target) for t in plan.transfers})
-        # The runner may not have read it: it must hear again whom to forget.
-        self._dropped = [*plan.dropped, *self._dropped]
+    def discard(self, *plans: StepPlan, out_of_memory: bool = False) -> list[str]:
+        """There will be no results for these plans, oldest first, and the runner is done with them.
+
+        Whoever ran in them has lost its KV, and waits to have it computed again. Returns their ids,
+        first the one that gives way first.
+
+        out_of_memory: what ran was too much at once; the next steps are smaller.
+        """
+        ran: dict[Sequence, None] = {}
+        for plan in plans:
+            flight = self._land(plan)
+            self.allocator.lose({(t.target_tier, t.target) for t in plan.transfers})
+            self.images.lose([*plan.forgotten_images, *(p.key for p in plan.pictures)])
+            # The runner may not have read it: it must hear again whom to forget.
+            self._dropped = [*plan.dropped, *self._dropped]
+            ran |= dict.fromkeys(s for s, _ in flight.shares if s.status is not FINISHED)
+            for constraint in self._constraints if out_of_memory else ():
+                constraint.ran_out(plan.num_tokens)
+        running = [sequence for sequence in self._running if sequence in ran]
+        first = [self._waiting.policy.victim(running)] if running else []
+        for sequence in ran:
+            self._push_out(sequence, "failure", "the step that it was in failed")
+        return [sequence.id for sequence in dict.fromkeys([*first, *ran])]
 
     def _land(self, plan: StepPlan) -> _InFlight:
         """The oldest plan is over: free what waited for it."""
@@ -259,13 +318,16 @@ class Scheduler:
             sequence = self._sequences.get(sequence_id)
             if sequence is not None and not bad.isdisjoint(table):
                 sequence.valid_from_step = self._counts["steps"] + 1
-                sequence.num_pending_tokens = 0
-                sequence.awaits_result = False
                 self._push_out(sequence, "transfer", "its KV was lost on the way")
 
     def _push_out(self, sequence: Sequence, reason: str, outcome: str) -> None:
-        """Outside of a step's planning: a sequence loses its KV and waits for a place."""
+        """Outside of a step's planning: a sequence loses its KV and waits for a place.
+
+        It awaits no result any more, for there will be none, or it will not count.
+        """
         self.allocator.free(sequence)
+        sequence.num_pending_tokens = 0
+        sequence.awaits_result = False
         sequence.lose_memory()
         if sequence.status is RUNNING:
             self._running.remove(sequence)
@@ -284,7 +346,7 @@ class Scheduler:
         """Book what a sequence got; return the news, of siblings too where they depend on it."""
         if sampled.error is not None:
             self.allocator.discredit(sequence)
-            return self._end_all([sequence.id], FinishReason.ERROR, sampled.error)
+            return self.end([sequence.id], FinishReason.ERROR, sampled.error, sampled.error_code)
         if sequence.is_beam:
             return self._commit_beam(sequence, sampled)
         num_before = sequence.num_output_tokens
@@ -300,7 +362,7 @@ class Scheduler:
                 sequence.guess(sampled.draft_ids)
         logprobs = None if sampled.logprobs is None else sampled.logprobs[:num_new]
         event = RequestEvent(sequence.id, sampled.token_ids[:num_new], logprobs, reason)
-        return [event if num_before else _with_first_token(event, sequence, self._clock.now())]
+        return [event if num_before else with_first_token(event, sequence, self._clock.now())]
 
     def _commit_beam(self, sequence: Sequence, sampled: SampledTokens) -> list[RequestEvent]:
         """Note what a beam found; when all have reported, let each take the place of its parent."""
@@ -339,25 +401,12 @@ class Scheduler:
                 beam.fork = Fork(parent, len(beam.token_ids) - 1)
             self._waiting.release([beam])
 
-    def _end_all(
-        self, request_ids: Iterable[str], reason: FinishReason, error: str | None
-    ) -> list[RequestEvent]:
-        alive = [self._sequences[i] for i in dict.fromkeys(request_ids) if i in self._sequences]
-        groups = [
-            self._siblings[s.id].ended_with(s) if s.id in self._siblings else [s] for s in alive
-        ]
-        ending = dict.fromkeys(itertools.chain.from_iterable(groups))
-        return [
-            self._finish(sequence, reason, error)
-            for sequence in ending
-            if sequence.status is not FINISHED
-        ]
-
     def _finish(
         self,
         sequence: Sequence,
         reason: FinishReason,
         error: str | None = None,
+        code: FailureCode = FailureCode.GENERATION_FAILED,
         *,
         token_ids: tuple[int, ...] = (),
     ) -> RequestEvent:
@@ -377,10 +426,12 @@ class Scheduler:
         self.decisions.ends(sequence.id, reason.value if error is None else error)
         if sequence.id in self._siblings:
             self._waiting.release(self._siblings.pop(sequence.id).released())
-        event = RequestEvent(sequence.id, token_ids, finish_reason=reason, error=error)
-        if not token_ids:
-            return event
-        return _with_first_token(event, sequence, self._clock.now())
+        event = RequestEvent(
+            sequence.id, token_ids, finish_reason=reason, error=error, error_code=code
+        )
+        if token_ids or sequence.is_over_without_draws:
+            return with_first_token(event, sequence, self._clock.now())
+        return event
 
     # Reports.
 
@@ -425,35 +476,9 @@ class Scheduler:
         if sorted(s.id for s in (*self._waiting, *self._running)) != sorted(self._sequences):
             raise IntegrityError("the queues do not hold exactly the live sequences")
         self._waiting.check_integrity()
+        self.images.check_integrity()
         for sequence in self._running:
             if sequence.status is not RUNNING:
                 raise IntegrityError(f"{sequence.id} runs but is not in a running state")
-            if sequence.num_computed_tokens > len(sequence.block_ids) * self.allocator.block_size:
-                raise IntegrityError(f"{sequence.id} has computed more tokens than it has slots")
         held = [s for flight in self._in_flight for s in flight.to_free]
         self.allocator.check_integrity([*self._sequences.values(), *held])
-
-
-def _with_first_token(event: RequestEvent, sequence: Sequence, now_s: float) -> RequestEvent:
-    """The event, and how the request came to its first token."""
-    first_scheduled_s = min(sequence.first_scheduled_s, now_s)  # inf: a beam that never ran itself
-    return msgspec.structs.replace(
-        event,
-        num_cached_tokens=sequence.num_cached_tokens,
-        queue_time_s=first_scheduled_s - sequence.arrival_s,
-        prefill_time_s=now_s - first_scheduled_s,
-    )
-
-
-def _check_result(plan: StepPlan, result: StepResult, sampled: dict[str, SampledTokens]) -> None:
-    """Refuse a result that does not answer the plan, before anything of it is booked."""
-    if result.step != plan.step:
-        raise IntegrityError(f"the result of step {result.step} came for step {plan.step}")
-    missing = [s.sequence_id for s in plan.scheduled if s.samples and s.sequence_id not in sampled]
-    if missing:
-        raise IntegrityError(f"step {plan.step} brought no token for {missing[:4]}")
-
-
-def _failed(tokens: SampledTokens | None) -> bool:
-    """Whether a sequence failed in this step: the KV that it wrote must not be found by others."""
-    return tokens is not None and tokens.error is not None

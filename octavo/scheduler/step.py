@@ -202,7 +202,7 @@ class StepBuilder:
 
 def _introduce(sequence: Sequence, num_computed_tokens: int) -> NewSequence:
     """A sequence in full, as the runner needs it at first sight. Blocks were just given to it."""
-    request = sequence.request
+    request, awaits_scores = sequence.request, sequence.awaits_scores
     return NewSequence(
         sequence_id=sequence.id,
         token_ids=tuple(sequence.token_ids),
@@ -214,4 +214,8 @@ def _introduce(sequence: Sequence, num_computed_tokens: int) -> NewSequence:
         stop_ids=sequence.stop_ids,
         num_logprobs=sequence.num_logprobs,
         banned=request.banned,
+        num_prompt_logprobs=sequence.num_prompt_logprobs if awaits_scores else None,
+        num_scored_tokens=len(sequence.scores),
+        pooling=request.pooling,
+        images=sequence.images,
     )

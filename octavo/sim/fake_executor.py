@@ -10,7 +10,9 @@ from array import array
 from collections.abc import Sequence as SequenceOf
 
 from octavo.core import (
+    FailureCode,
     NewSequence,
+    Reading,
     SampledTokens,
     ScheduledTokens,
     StepPlan,
@@ -52,12 +54,35 @@ def oracle_candidates(
     return tuple(found)
 
 
+def oracle_score(token_ids: SequenceOf[int], num_top: int, vocab_size: int) -> TokenLogprobs:
+    """The score that the last of `token_ids` must have after those before it."""
+    top = oracle_candidates(token_ids[:-1], num_top, vocab_size)
+    digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8, person=b"score")
+    number = int.from_bytes(digest.digest(), "little")
+    return TokenLogprobs(-(number % 1000) / 100, 1 + number % vocab_size, top)
+
+
+def oracle_vector(token_ids: SequenceOf[int]) -> bytes:
+    """The vector that a prompt must have."""
+    digest = hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=8, person=b"vector")
+    return array("f", digest.digest()).tobytes()
+
+
 class _Row:
     """What the executor knows of one sequence."""
 
-    __slots__ = ("block_ids", "num_computed_tokens", "num_logprobs", "token_ids")
+    __slots__ = (
+        "block_ids",
+        "new",
+        "num_computed_tokens",
+        "num_logprobs",
+        "num_seen_tokens",
+        "token_ids",
+    )
 
     def __init__(self, new: NewSequence):
+        self.new = new
+        self.num_seen_tokens = 0  # whose hidden states came by: those found in a cache did not
         self.token_ids = list(new.token_ids)
         self.num_computed_tokens = new.num_computed_tokens
         self.block_ids = list(new.block_ids)
@@ -105,13 +130,16 @@ class FakeExecutor:
             self._rows[new.sequence_id] = _Row(new)
         failed = self._transfer(plan)
         sampled = []
+        readings: list[Reading] = []
         for share in plan.scheduled:
             row = self._rows[share.sequence_id]
             row.block_ids[share.num_kept_blocks :] = share.new_block_ids
             self._write(row, share)
+            if row.new.num_prompt_logprobs is not None or row.new.pooling is not None:
+                readings += self._read_prompt(share, row)
             if share.samples:
                 sampled.append(self._sample(share, row))
-        return StepResult(plan.step, tuple(sampled), failed)
+        return StepResult(plan.step, tuple(sampled), failed, readings=tuple(readings))
 
     def fail_transfer(self, index: int) -> None:
         """In the next step this copy fails: what is in its target then is garbage."""
@@ -142,7 +170,10 @@ class FakeExecutor:
         """Check the drafts and draw a token: those that were right, and what follows them."""
         tokens = self._read(row)
         if _NOT_FINITE in tokens:
-            return SampledTokens(share.sequence_id, (), error="the logits are not finite")
+            code = FailureCode.NUMERICAL_ERROR
+            return SampledTokens(
+                share.sequence_id, (), error="the logits are not finite", error_code=code
+            )
         num_known = len(tokens) - len(share.draft_ids)
         drawn: list[int] = []
         for index in range(len(share.draft_ids) + 1):
@@ -155,6 +186,29 @@ class FakeExecutor:
         return SampledTokens(
             share.sequence_id, tuple(drawn), self._logprobs(row, known[:-1]), self._guess(known)
         )
+
+    def _read_prompt(self, share: ScheduledTokens, row: _Row) -> list[Reading]:
+        """Score the tokens that follow this share's; pool the prompt when all of it is there."""
+        new, tokens = row.new, self._read(row)
+        start, stop = len(tokens) - share.num_tokens, len(tokens)
+        row.num_seen_tokens += share.num_tokens
+        if _NOT_FINITE in tokens:
+            return [Reading(share.sequence_id, error="the hidden states are not finite")]
+        if new.pooling is not None:
+            if stop < new.num_prompt_tokens:
+                return []
+            if new.pooling.reads_all_tokens and row.num_seen_tokens != stop:
+                raise IntegrityError(
+                    f"{share.sequence_id}: hidden states are missing from its mean"
+                )
+            return [Reading(share.sequence_id, vector=oracle_vector(tokens))]
+        first = max(start, new.num_scored_tokens)
+        after = [*tokens, *row.token_ids[stop : stop + 1]][: new.num_prompt_tokens]
+        scores = tuple(
+            oracle_score(after[: position + 2], new.num_prompt_logprobs or 0, self.vocab_size)
+            for position in range(first, min(stop, new.num_prompt_tokens - 1))
+        )
+        return [Reading(share.sequence_id, first + 1, scores)] if scores else []
 
     def _logprobs(self, row: _Row, tokens: list[int]) -> tuple[TokenLogprobs, ...] | None:
         if row.num_logprobs is None:

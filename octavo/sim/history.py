@@ -5,10 +5,11 @@ equal the oracle's; an end for the reason that is true; an error only where a fa
 promise raises `IntegrityError` at the event that breaks it.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from octavo.core import FinishReason, Request, RequestEvent
+from octavo.core import FailureCode, FinishReason, Request, RequestEvent
 from octavo.errors import IntegrityError
 from octavo.sim.fake_executor import oracle_token
 from octavo.sim.faults import Fault, Injection
@@ -20,6 +21,7 @@ class Client:
     __slots__ = (
         "accepted_at_s",
         "accepted_step",
+        "began",
         "cancelled",
         "due_step",
         "end",
@@ -30,6 +32,7 @@ class Client:
         "max_num_tokens",
         "num_cached_tokens",
         "request",
+        "together",
         "token_ids",
     )
 
@@ -39,6 +42,8 @@ class Client:
         self.max_num_tokens = len(self.token_ids) + max_tokens
         self.accepted_at_s = at_s
         self.accepted_step = step
+        self.together = [self]  # with those who wait for other answers to the same prompt
+        self.began = False  # it was in a step
         self.due_step: int | None = None  # by then it must have been answered, where a bound holds
         self.ended_at_s = at_s
         self.ended_step = step
@@ -47,6 +52,12 @@ class Client:
         self.fault: Fault | None = None  # the last one that touched it
         self.end: FinishReason | None = None
         self.error: str | None = None
+
+    @property
+    def deadline_s(self) -> float:
+        """When the first token is due."""
+        deadline_ms = self.request.options.deadline_ms
+        return math.inf if deadline_ms is None else self.accepted_at_s + deadline_ms / 1e3
 
     @property
     def num_output_tokens(self) -> int:
@@ -88,6 +99,17 @@ class History:
         """The engine did not take a request; nothing may be heard of it."""
         self.num_refused += 1
 
+    def run(self, request_ids: Iterable[str]) -> None:
+        """These are in a step."""
+        for request_id in request_ids:
+            if request_id in self.live:
+                self.live[request_id].began = True
+
+    def overdue(self, at_s: float) -> list[str]:
+        """Who had not begun by then though the first token was due, and still waits."""
+        late = {name: client for name, client in self.live.items() if client.deadline_s < at_s}
+        return [name for name, c in late.items() if not any(o.began for o in c.together)]
+
     def cancel(self, request_ids: Iterable[str]) -> None:
         """These clients go away; unknown ids are nobody's."""
         for request_id in request_ids:
@@ -100,7 +122,7 @@ class History:
         for request_id in injection.request_ids:
             if request_id in self.live:
                 self.live[request_id].fault = injection.fault
-        if injection.fault is Fault.LOST_BLOCK:
+        if injection.fault in (Fault.LOST_BLOCK, Fault.OUT_OF_MEMORY):
             self.forget_due_times()  # somebody starts anew
 
     def forget_due_times(self) -> None:
@@ -125,7 +147,7 @@ class History:
                     f"not {expected}"
                 )
             client.token_ids.append(token_id)
-        self._check_end(client, event)
+        self._check_end(client, event, at_s)
         if event.finish_reason is not None:
             if client.due_step is not None and step > client.due_step:
                 raise IntegrityError(
@@ -144,7 +166,7 @@ class History:
             client.ended_at_s, client.ended_step = at_s, step
         self.live.clear()
 
-    def _check_end(self, client: Client, event: RequestEvent) -> None:
+    def _check_end(self, client: Client, event: RequestEvent, at_s: float) -> None:
         """The end comes when it is due, and for the reason that is true."""
         name, reason = event.request_id, event.finish_reason
         why_over = client.why_over()
@@ -155,7 +177,14 @@ class History:
             case FinishReason.ABORT:
                 if not client.cancelled:
                     raise IntegrityError(f"{name} was aborted, but its client did not go away")
+            case FinishReason.ERROR if event.error_code is FailureCode.DEADLINE_EXCEEDED:
+                began = any(c.began and (c is client or c.end is None) for c in client.together)
+                if began or at_s <= client.deadline_s:
+                    raise IntegrityError(f"{name} was given up, but had begun or was in time")
             case FinishReason.ERROR:
+                lacks = event.error_code is FailureCode.OUT_OF_MEMORY
+                if lacks and client.fault not in (Fault.OUT_OF_MEMORY, Fault.CONSEQUENCE):
+                    raise IntegrityError(f"{name} gave way, but there was memory")
                 if client.fault is None:
                     raise IntegrityError(f"{name} failed with {event.error!r}, but no fault struck")
         if (event.error is not None) != (reason is FinishReason.ERROR):

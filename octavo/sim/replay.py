@@ -14,6 +14,7 @@ from typing import Protocol
 from octavo.config import option
 from octavo.core import (
     Clock,
+    FailureCode,
     Launch,
     PendingResult,
     Request,
@@ -186,7 +187,7 @@ class Client:
     request: TraceRequest
     token_times: "array[float]" = field(default_factory=lambda: array("d"))
     num_cached_tokens: int = 0
-    refusal: str | None = None  # why the engine did not take it
+    refusal: str | None = None  # why the engine did not take it, or computed nothing of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +312,9 @@ class _Replayer:
 
     def _read(self, event: RequestEvent, now_s: float) -> None:
         client = self._clients[int(event.request_id)]
-        if event.error is not None:
+        if event.error is not None and event.error_code is FailureCode.DEADLINE_EXCEEDED:
+            client.refusal = event.error
+        elif event.error is not None:
             raise OctavoError(f"request {event.request_id} of the trace failed: {event.error}")
         client.num_cached_tokens += event.num_cached_tokens
         client.token_times.extend([now_s] * len(event.token_ids))

@@ -8,7 +8,7 @@ put a broken one in. Knows no dice: everything random was decided by who made ac
 from collections import Counter
 from collections.abc import Iterable
 
-from octavo.core import Request, RequestEvent, SamplingParams, Tier
+from octavo.core import FailureCode, Request, RequestEvent, SamplingParams, Tier
 from octavo.errors import EngineDeadError, IntegrityError, OverloadedError, RequestError
 from octavo.sim.actions import (
     Action,
@@ -21,12 +21,14 @@ from octavo.sim.actions import (
     Squeeze,
 )
 from octavo.sim.clock import VirtualClock
-from octavo.sim.faults import Fault, Faults, FaultyExecutor, Injection
+from octavo.sim.faults import STEP_FAILURES, WRONG_REPLIES, Fault, Faults, FaultyExecutor, Injection
 from octavo.sim.history import Client, History
 from octavo.sim.parts import EngineSetup, Parts
 from octavo.sim.trace import Trace, TracedStep
 
 MAX_FAILED_STEPS = 2  # in a row; only after so many may an engine end
+FAILURES = STEP_FAILURES | WRONG_REPLIES  # of a whole step, or what may be taken for one
+MAX_STEPS_TO_GROW = 16  # from a token to any budget of ours, by doubling
 NUM_WINDOW_STEPS = 10  # that a batch may wait for more members
 
 
@@ -59,6 +61,8 @@ class SimulatedEngine:
         self.core = parts.core(self.scheduler, self.executor, setup)
         self._is_draining = False
         self._num_preemptions = 0
+        self._step_start_s = 0.0  # of the last step
+        self._small_until_step = 0  # steps have all their tokens again, after one found no memory
         self.moves: Counter[tuple[Tier, Tier]] = Counter()  # blocks copied, by where from and to
 
     def run(self, actions: Iterable[Action]) -> History:
@@ -106,6 +110,7 @@ class SimulatedEngine:
     def step(self) -> None:
         """One step of the engine; then clients read their news and the books are recounted."""
         self.num_steps += 1
+        before_s, self._step_start_s = self._step_start_s, self.clock.now()
         outcome: list[RequestEvent] | Exception = []
         try:
             outcome = self.core.step()
@@ -120,8 +125,11 @@ class SimulatedEngine:
             )
         for transfer in plan.transfers if plan is not None else ():
             self.moves[transfer.source_tier, transfer.target_tier] += 1
+        self.history.run(share.sequence_id for share in (plan.scheduled if plan else ()))
         for injection in injections:
             self.history.touch(injection)
+            if injection.fault is Fault.OUT_OF_MEMORY:  # steps are small for a while
+                self._small_until_step = self.num_steps + MAX_STEPS_TO_GROW
         if isinstance(outcome, Exception):
             self._note_death(outcome)
             return
@@ -131,6 +139,12 @@ class SimulatedEngine:
             raise IntegrityError(f"a step of {plan.num_tokens} tokens is over the budget")
         self._check_preemptions(injections)
         self._tell(outcome)
+        if sum(event.error_code is FailureCode.OUT_OF_MEMORY for event in outcome) > 1:
+            raise IntegrityError("more than one request gave way to others")
+        # What an asynchronous loop has planned is seen when it has run: a step later.
+        by_s = before_s if self.setup.asynchronous else self._step_start_s
+        if overdue := self.history.overdue(by_s):
+            raise IntegrityError(f"{overdue} still wait, though their time is over")
         self._recount()
 
     def num_service_steps(self, client: Client) -> int:
@@ -152,13 +166,13 @@ class SimulatedEngine:
         """Nobody is pushed out of a pool that has room for all of everyone.
 
         Priority may push out for places, asynchronously who has ended still holds blocks, and who
-        was given a block that got lost starts anew.
+        was given a block that got lost, or was in a step that failed, starts anew.
         """
         before, self._num_preemptions = self._num_preemptions, self.core.stats().num_preemptions
         setup = self.setup
         if self._num_preemptions == before or setup.policy == "priority" or setup.asynchronous:
             return
-        if any(injection.fault is Fault.LOST_BLOCK for injection in injections):
+        if any(i.fault is Fault.LOST_BLOCK or i.fault in FAILURES for i in injections):
             return
         clients = self.history.live.values()
         needed = sum(self._num_needed_blocks(client.max_num_tokens + 1) for client in clients)
@@ -221,6 +235,8 @@ class SimulatedEngine:
         limit = self.setup.max_num_queued
         if limit is not None and self.core.stats().num_waiting > limit:
             raise IntegrityError(f"more than {limit} requests may wait")
+        for client in clients:
+            client.together = clients
         if self.setup.is_orderly and not self.allocator.num_hidden_blocks:
             # Its siblings may be overtaken while they wait for the prompt: they have no due time.
             clients[0].due_step = self._step_when_idle()
@@ -267,6 +283,7 @@ class SimulatedEngine:
         """By when all who are here must have been answered."""
         live = self.history.live.values()
         num_steps = sum(map(self.num_service_steps, live))
+        num_steps += max(0, self._small_until_step - self.num_steps)
         if not self.setup.is_orderly:
             # Age does not protect here: each may be pushed out, and wait for a batch, once for
             # every other request. No promise to clients, but an end.

@@ -4,12 +4,13 @@ import asyncio
 import os
 import signal
 
+import numpy as np
 import pytest
 
 from octavo import LLM
 from octavo.config import EngineOptions, locate
-from octavo.core import FinishReason, SamplingParams
-from octavo.engine import AsyncEngine, EngineProcess
+from octavo.core import NO_TOKENS, FinishReason, PoolingParams, SamplingParams
+from octavo.engine import AsyncEngine, EngineProcess, Phase
 from octavo.errors import (
     ContextLengthError,
     EngineDeadError,
@@ -73,6 +74,23 @@ async def test_streams_carry_the_tokens_and_text_of_the_offline_engine(engine, m
     await until(lambda: engine.stats().num_free_blocks == engine.stats().num_blocks)
 
 
+async def test_scores_and_vectors_are_those_of_the_offline_engine(engine, model):
+    llm = LLM(model, kv_cache_memory_bytes=2**23, device="cpu")
+    [embedded] = llm.embed(PROMPT, "mean", use_tqdm=False)
+    pooling = PoolingParams(pooling="mean")
+    stream = engine.generate("e", PROMPT, NO_TOKENS, pooling=pooling)
+    [delta] = [delta async for delta in stream]
+    assert (delta.finish_reason, delta.token_ids) == (FinishReason.STOP, ())
+    vector = np.frombuffer(delta.vector, np.float32)
+    np.testing.assert_allclose(vector, embedded.outputs.embedding, rtol=0, atol=1e-6)
+    scored = SamplingParams(temperature=0, max_tokens=2, n=2, seed=1, prompt_logprobs=1)
+    [output] = llm.generate(PROMPT, scored, use_tqdm=False)
+    deltas = [delta async for delta in engine.generate("s", PROMPT, scored)]
+    [scores] = [delta.prompt_logprobs for delta in deltas if delta.prompt_logprobs is not None]
+    expected = [score.logprob for score in output.prompt_logprobs[1:]]
+    assert [score.logprob for score in scores] == pytest.approx(expected, abs=1e-5)
+
+
 async def test_the_first_delta_says_how_the_request_came_there(engine):
     first, *others = await collect(engine, "r", max_tokens=3)
     assert 0 <= first.queue_time_s < 5 and 0 < first.prefill_time_s < 5
@@ -120,14 +138,17 @@ async def test_questions_are_answered_while_requests_run(engine):
     running = asyncio.create_task(collect(engine, "long", max_tokens=200))
     await until(lambda: engine.stats().num_running == 1)
     stories, [status], *more = await asyncio.gather(
-        engine.why("long"), engine.requests(), engine.why("long"), engine.why("nobody")
+        engine.operations.why("long"),
+        engine.operations.requests(),
+        engine.operations.why("long"),
+        engine.operations.why("nobody"),
     )
     assert list(stories) == ["long#0"] and stories["long#0"][-1].startswith("running")
     assert [list(answer) for answer in more] == [["long#0"], []]
     assert (status.request_id, status.status) == ("long#0", "running")
     assert status.num_prompt_tokens == 20 and 0 < status.age_s < 5
     await running
-    assert await engine.requests() == []
+    assert await engine.operations.requests() == []
     assert ("max_num_seqs" in [name for name, *_ in engine.settings]) and engine.settings
 
 
@@ -137,7 +158,7 @@ async def test_what_was_cached_is_not_found_after_a_reset(engine):
         assert first.num_cached_tokens == expected
     running = asyncio.create_task(collect(engine, "long", max_tokens=100))
     await until(lambda: engine.stats().num_running == 1)
-    await engine.reset_prefix_cache()
+    await engine.operations.reset_prefix_cache()
     first, *_ = await collect(engine, "r", max_tokens=3)
     assert first.num_cached_tokens == 0
     deltas = await running
@@ -181,12 +202,12 @@ async def test_a_killed_engine_ends_every_stream_with_an_error_and_shows_as_dead
 
 
 async def test_an_engine_that_does_not_answer_is_seen_from_outside(engine, monkeypatch):
-    monkeypatch.setattr("octavo.engine.async_engine.ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("octavo.engine.questions.ANSWER_TIMEOUT_S", 0.2)
     assert not engine.is_busy
     child = engine._process.child
     child.send_signal(signal.SIGSTOP)
     with pytest.raises(OverloadedError, match="has not answered yet"):
-        await engine.requests()
+        await engine.operations.requests()
     with pytest.raises(TimeoutError):  # nobody waits any more, and yet there is something to do
         await asyncio.wait_for(collect(engine, "r", max_tokens=5), 0.2)
     assert engine.is_busy and not engine.live
@@ -221,3 +242,19 @@ async def test_the_engine_goes_when_its_front_end_goes(engine):
     child = engine._process.child
     child.stdin.close()
     await until(lambda: child.poll() is not None)
+
+
+async def test_an_engine_that_dies_while_it_falls_asleep_is_dead(engine):
+    engine._process.child.send_signal(signal.SIGSTOP)
+    falling = asyncio.create_task(engine.rest.sleep(1, timeout_s=5))
+    await until(lambda: engine.rest.phase is Phase.FALLING_ASLEEP)
+    assert not engine.is_busy  # it computes nothing for anybody, so it cannot be late
+    os.kill(engine._process.child.pid, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match=r"SIGKILL\) while it fell asleep, after step"):
+        await falling
+    with pytest.raises(EngineDeadError):
+        await engine.rest.sleep(1)
+
+
+async def test_a_model_without_experts_has_no_tokens_of_experts(engine):
+    assert await engine.operations.expert_tokens() == {}

@@ -13,7 +13,7 @@ from helpers import (
     tokens_of,
 )
 
-from octavo.core import FinishReason, RequestOptions, SampledTokens, StepResult
+from octavo.core import FailureCode, FinishReason, RequestOptions, SampledTokens, StepResult
 from octavo.errors import EngineDeadError
 from octavo.scheduler import BATCHINGS, POLICIES
 from octavo.sim import oracle_tokens
@@ -74,14 +74,15 @@ def test_any_workload_on_any_pool_gives_each_request_its_text_and_one_end(seed):
 class FlakyExecutor:
     """Fails at the steps it is told to; answers through another executor otherwise."""
 
-    def __init__(self, executor, failing_steps):
+    def __init__(self, executor, failing_steps, error=RuntimeError):
         self._executor = executor
         self._failing_steps = failing_steps
+        self._error = error("no memory for this step")
 
     def execute(self, plan):
         result = self._executor.execute(plan)
         if plan.step in self._failing_steps:
-            raise MemoryError("no memory for this step")
+            raise self._error
         return result
 
 
@@ -102,13 +103,70 @@ def test_a_failed_step_ends_its_requests_only_and_the_engine_goes_on():
     )
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("prefix_caching", [False, True])
+def test_where_memory_runs_out_the_youngest_gives_way_and_the_others_lose_nothing(
+    asynchronous, prefix_caching
+):
+    scheduler = create_scheduler(prefix_caching=prefix_caching)
+    executor = FlakyExecutor(create_executor(scheduler), {4}, MemoryError)
+    core = create_core(scheduler, executor, asynchronous=asynchronous)
+    requests = [create_request(n, max_tokens=8) for n in (5, 6, 7)]
+    waiting = [create_request(4, max_tokens=8) for _ in range(6)]
+    for request in (*requests, *waiting):
+        core.add(request)
+    events = run_to_end(core)
+    errors = [event for event in events if event.error is not None]
+    (error,) = errors
+    assert error.error_code is FailureCode.OUT_OF_MEMORY
+    assert "gave way" in error.error and "for this step" not in error.error  # nothing internal
+    # By the fourth step the first eight had places: the youngest of them is the last.
+    assert error.request_id == waiting[4].request_id
+    for request in (*requests, *waiting):
+        if request.request_id != error.request_id:
+            expected = oracle_tokens(request.prompt_token_ids, 8, VOCAB_SIZE)
+            assert tokens_of(events, request.request_id) == expected
+    assert scheduler.stats().num_free_blocks == scheduler.stats().num_blocks
+
+
+class SizedExecutor:
+    """Has memory for so many tokens a step, and notes the sizes of its steps."""
+
+    def __init__(self, executor, num_tokens):
+        self._executor = executor
+        self._num_tokens = num_tokens
+        self.sizes = []
+
+    def execute(self, plan):
+        self.sizes.append(plan.num_tokens)
+        if plan.num_tokens > self._num_tokens:
+            raise MemoryError
+        return self._executor.execute(plan)
+
+
+def test_after_a_step_without_memory_steps_are_small_and_grow_again():
+    scheduler = create_scheduler(max_num_batched_tokens=16, max_num_seqs=2, prefix_caching=False)
+    executor = SizedExecutor(create_executor(scheduler), 15)
+    core = create_core(scheduler, executor)
+    core.add(create_request(14, max_tokens=2))  # the older one
+    core.add(create_request(14, max_tokens=2))
+    events = run_to_end(core)
+    assert executor.sizes == [16, 8, 6, 1]  # not 14 at once, though they would have fitted
+    assert len([event for event in events if event.error is not None]) == 1
+    executor.sizes.clear()
+    executor._num_tokens = 16
+    core.add(create_request(40, max_tokens=1))
+    run_to_end(core)
+    assert max(executor.sizes) == 16
+
+
 def test_two_failed_steps_in_a_row_end_the_engine_with_the_cause():
     scheduler = create_scheduler()
     core = create_core(scheduler, FlakyExecutor(create_executor(scheduler), {1, 2}))
     core.add(create_request())
     core.step()
     core.add(create_request())
-    with pytest.raises(EngineDeadError, match="MemoryError: no memory for this step"):
+    with pytest.raises(EngineDeadError, match="RuntimeError: no memory for this step"):
         core.step()
 
 

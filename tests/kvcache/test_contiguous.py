@@ -220,7 +220,7 @@ def test_the_recount_finds_two_sequences_in_one_run():
 def test_the_recount_finds_a_run_that_is_too_short():
     allocator = BuddyAllocator(16, 4)
     sequence = give(allocator)
-    sequence.max_num_tokens += 16
+    sequence.max_num_computed_tokens += 16
     with pytest.raises(IntegrityError, match="not hold what was reserved"):
         allocator.check_integrity([sequence])
 

@@ -9,7 +9,7 @@ import re
 import pytest
 from msgspec import structs
 
-from octavo.core import RequestEvent, StepPlan, StepResult, Tier
+from octavo.core import FailureCode, FinishReason, RequestEvent, StepPlan, StepResult, Tier
 from octavo.engine import EngineCore
 from octavo.kvcache import BlockPool
 from octavo.scheduler import (
@@ -266,8 +266,40 @@ class FailsEverybody(EngineCore):
     def step(self) -> list[RequestEvent]:
         events = super().step()
         if any(event.error is not None for event in events):
-            events += self._scheduler.fail(list(self._scheduler._sequences), "somebody failed")
+            everybody = list(self._scheduler._sequences)
+            events += self._scheduler.end(everybody, FinishReason.ERROR, "somebody failed")
         return events
+
+
+class ManyGiveWay(EngineCore):
+    """Where memory runs out, another one ends as well."""
+
+    def step(self) -> list[RequestEvent]:
+        events = super().step()
+        code = FailureCode.OUT_OF_MEMORY
+        if any(event.error_code is code for event in events):
+            others = list(self._scheduler._sequences)[:1]
+            events += self._scheduler.end(others, FinishReason.ERROR, "gave way", code)
+        return events
+
+
+class NeverExpires(EngineCore):
+    """Deadlines pass, and nobody looks."""
+
+    def __init__(self, scheduler, executor, **options):
+        super().__init__(scheduler, executor, **options)
+        scheduler.expire = list
+
+
+class ExpiresWhoRuns(EngineCore):
+    """A deadline ends those as well whose prompt is being computed."""
+
+    def step(self) -> list[RequestEvent]:
+        now_s = self._scheduler._clock.now()
+        late = [s.id for s in self._scheduler._running if s.deadline_s < now_s]
+        code = FailureCode.DEADLINE_EXCEEDED
+        events = self._scheduler.end(late, FinishReason.ERROR, "too late", code)
+        return events + super().step()
 
 
 class FallsAsleep(EngineCore):
@@ -396,6 +428,9 @@ PLANTED = {
     "lost token": core_with(LosesAToken),
     "end told twice": core_with(TellsAnEndTwice),
     "failure spreads": core_with(FailsEverybody),
+    "more give way than must": core_with(ManyGiveWay),
+    "deadlines forgotten": core_with(NeverExpires),
+    "deadlines end who has begun": core_with(ExpiresWhoRuns),
     "idle while somebody waits": core_with(FallsAsleep),
     "alive though all fails": core_with(NeverDies),
     "abort ignored": core_with(IgnoresAborts),
