@@ -1,25 +1,29 @@
 """Half an hour above capacity, with clients that leave and requests that make no sense.
 
-    python benchmarks/soak.py [--minutes 30] [--factor 1.5] [--seed 0]
+    python benchmarks/soak.py [--minutes 30] [--factor 1.5] [--seed 0] [--output FILE]
 
 A real server process with a tiny random model. Its capacity is measured first; then requests come
 at a steady rate above it: one in five goes away while it streams, one in twenty is nonsense.
 Nothing may be lost: every request ends with a finish, an error event or a refusal. Memory of both
 processes is sampled each second; its slope, by least squares over the samples after the first
-fifth, is to be flat. Ends with status 1 where that does not hold.
+fifth, is to be flat. Prints a table, writes it as JSON with --output, and ends with status 1 where
+something does not hold.
 """
 
 import argparse
 import asyncio
+import json
 import os
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import psutil
 from http_load import Client, closed_loop, http_request, open_loop, percentile
 from server_process import Server, serving, until, write_model
 
@@ -30,6 +34,9 @@ SHARE_LEAVING, SHARE_BAD = 0.20, 0.05
 TOKENS = (50, 600)  # of an answer, uniformly
 KV_BYTES = 2**25  # all of it is used once while the load warms up, so RAM does not grow by it
 SEQS = ("--max-num-seqs", "16", "--max-num-queued-reqs", "16")
+# Ways in which a request may end; while the queue is full, nobody looks at what it asks.
+ALLOWED = {"200", "503", "bad, 400", "bad, 503"}
+CLIENT = "client"  # this process
 MAX_SLOPE_SHARE = 0.01  # of a process' memory, over the time of the soak
 BAD = (
     b"{",
@@ -83,8 +90,10 @@ async def one_request(client: Client, prompts: list[str], rng: random.Random, bo
     kind = rng.random()
     if kind < SHARE_BAD:
         answer = await client.ask(http_request(PATH, rng.choice(BAD)))
-        books.statuses["bad, 400" if answer and answer.status == 400 else "bad, other"] += 1
-        books.num_lost += answer is None
+        if answer is None:
+            books.num_lost += 1
+        else:
+            books.statuses[f"bad, {answer.status}"] += 1
         return
     request, num_tokens = good_request(prompts, rng)
     if kind < SHARE_BAD + SHARE_LEAVING:
@@ -103,9 +112,11 @@ async def one_request(client: Client, prompts: list[str], rng: random.Random, bo
 
 
 async def sample(server: Server, samples: list[tuple[float, dict[str, float]]]) -> None:
-    """Memory of both processes, each second, until cancelled."""
+    """Memory of both processes and of this one, each second, until cancelled."""
+    client = psutil.Process()
     while True:
-        samples.append((time.monotonic(), server.rss_mib()))
+        ours = {CLIENT: client.memory_info().rss / 2**20}
+        samples.append((time.monotonic(), server.rss_mib() | ours))
         await asyncio.sleep(1.0)
 
 
@@ -138,30 +149,62 @@ def capacity(server: Server) -> float:
     return max(rates[1:])
 
 
-def report(books: Books, samples: list[tuple[float, dict[str, float]]], seconds: float) -> bool:
-    """Print what was found; whether memory is flat and nothing was lost."""
-    statuses = ", ".join(f"{name}: {count}" for name, count in sorted(books.statuses.items()))
-    print(f"{statuses}; left: {books.num_left}; lost: {books.num_lost}")
-    print(f"{books.num_tokens / seconds:.0f} tok/s to those who stayed", end="")
-    if books.latencies_s:
-        p50, p99 = (percentile(books.latencies_s, share) for share in (0.5, 0.99))
-        print(f"; answers took {p50:.2f} s (p50), {p99:.2f} s (p99)", end="")
-    print()
-    allowed = {"200", "503", "bad, 400"}
-    holds = not books.num_lost and set(books.statuses) <= allowed
-    late = samples[len(samples) // 5 :]
-    times_s = [t for t, _ in late]
-    for name in late[0][1]:
-        values = [memory[name] for _, memory in late]
+@dataclass(frozen=True)
+class Memory:
+    """What a process held in RAM after the warm-up: MiB at first and at last, and the slope."""
+
+    first_mib: float
+    last_mib: float
+    slope_mib_per_hour: float
+    is_flat: bool
+
+    @classmethod
+    def of(cls, times_s: list[float], values: list[float]) -> "Memory":
+        """From its samples; flat is a line that rises by less than a share of what it began at."""
         slope = slope_per_hour(times_s, values)
         rise = slope * (times_s[-1] - times_s[0]) / 3600
-        is_flat = rise <= MAX_SLOPE_SHARE * values[0]
-        holds = holds and is_flat
-        print(
-            f"{name}: {values[0]:.1f} MiB at first, {values[-1]:.1f} at last, slope "
-            f"{slope:+.2f} MiB/h, {'flat' if is_flat else 'NOT FLAT'}"
+        return cls(values[0], values[-1], slope, rise <= MAX_SLOPE_SHARE * values[0])
+
+
+def result_of(
+    books: Books, samples: list[tuple[float, dict[str, float]]], seconds: float
+) -> dict[str, Any]:
+    """What was found, as it is written to a file. The client's own memory is told, not judged."""
+    late = samples[len(samples) // 5 :]
+    times_s = [t for t, _ in late]
+    memory = {name: Memory.of(times_s, [m[name] for _, m in late]) for name in late[0][1]}
+    latency_s = {
+        f"p{100 * share:.0f}": percentile(books.latencies_s, share)
+        for share in (0.5, 0.99)
+        if books.latencies_s
+    }
+    judged = [of_one.is_flat for name, of_one in memory.items() if name != CLIENT]
+    return {
+        "seconds": seconds,
+        "ended": dict(sorted(books.statuses.items())),
+        "left": books.num_left,
+        "lost": books.num_lost,
+        "tokens_per_s": books.num_tokens / seconds,
+        "latency_s": latency_s,
+        "memory": {name: asdict(of_one) for name, of_one in memory.items()},
+        "holds": not books.num_lost and set(books.statuses) <= ALLOWED and all(judged),
+    }
+
+
+def as_markdown(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    lines = ["| what | measured |", "|---|---|"]
+    lines += [f"| ended: {name} | {count} |" for name, count in result["ended"].items()]
+    lines += [f"| {name} | {result[name]} |" for name in ("left", "lost")]
+    lines += [f"| tok/s to those who stayed | {result['tokens_per_s']:.0f} |"]
+    lines += [f"| answers took, {name} | {s:.2f} s |" for name, s in result["latency_s"].items()]
+    for name, found in result["memory"].items():
+        verdict = "flat" if found["is_flat"] else "**not flat**"
+        lines.append(
+            f"| memory of the {name} | {found['first_mib']:.1f} to {found['last_mib']:.1f} MiB, "
+            f"{found['slope_mib_per_hour']:+.2f} MiB/h, {verdict} |"
         )
-    return holds
+    return "\n".join(lines)
 
 
 def main() -> int:
@@ -169,6 +212,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--factor", type=float, default=1.5, help="load over capacity")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="file for the result, as JSON")
     options = parser.parse_args()
     rng, seconds = random.Random(options.seed), 60 * options.minutes
     with (
@@ -182,9 +226,14 @@ def main() -> int:
         rest_s = until(server.is_at_rest)
         same = server.golden() == said
         print(f"at rest, all blocks free after {rest_s:.2f} s; golden tokens: {same}")
-        holds = report(books, samples, seconds) and same
-    print("holds" if holds else "DOES NOT HOLD")
-    return 0 if holds else 1
+    result = result_of(books, samples, seconds)
+    result |= {"capacity_per_s": rate, "factor": options.factor, "seed": options.seed}
+    result |= {"at_rest_s": rest_s, "golden_tokens": same, "holds": result["holds"] and same}
+    print(as_markdown(result))
+    print("holds" if result["holds"] else "DOES NOT HOLD")
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if result["holds"] else 1
 
 
 if __name__ == "__main__":

@@ -192,6 +192,9 @@ class Witness:
     def release(self, sequence: Sequence) -> None:
         pass
 
+    def ran_out(self, num_tokens: int) -> None:
+        pass
+
     def explain(self, sequence: Sequence) -> str:
         return "everything is allowed"
 

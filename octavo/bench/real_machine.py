@@ -56,7 +56,8 @@ class RealMachine:
         engine_options = EngineOptions.from_flat(model, options)
         checkpoint = locate(model)
         facts = device_facts(engine_options.device.device)
-        self.config = resolve(engine_options, read_model_config(checkpoint), facts)
+        model_config = read_model_config(checkpoint, engine_options.loading.model_impl)
+        self.config = resolve(engine_options, model_config, facts)
         self.vocab_size = self.config.model.vocab_size
         self._device_name = facts.name
         torch.set_num_threads(self.config.num_threads)

@@ -100,6 +100,9 @@ def peer_workloads(vocab_size: int, *, divisor: int = 1) -> tuple[Work, list[Off
         Offline("prefill 64x1024", (many,), "prompt"),
         Offline("1024/128 x512", (mixed,), "total"),
     ]
+    # Not of the peers' script, so drawn last: where a mixture of experts reads nearly all of them.
+    batch = draws.work(64, part(512), 1)
+    workloads.append(Offline("decode bs64", (batch,), num_decoded=part(256)))
     return warm_up, workloads
 
 

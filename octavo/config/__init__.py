@@ -1,7 +1,7 @@
 """What is configured, and where each value came from. No torch, no HTTP."""
 
 from octavo.config.architectures import (
-    Architecture,
+    architecture_named,
     architectures,
     model_config_from_hf,
     read_model_config,
@@ -9,9 +9,12 @@ from octavo.config.architectures import (
 from octavo.config.checkpoint import ALIASES, Checkpoint, excerpt, locate
 from octavo.config.model import (
     AttentionConfig,
+    ClassHead,
+    LatentAttentionConfig,
     LayerConfig,
     MLPConfig,
     ModelConfig,
+    MoEConfig,
     Rope,
     RopeScaling,
 )
@@ -25,6 +28,7 @@ from octavo.config.options import (
     SchedulerOptions,
     option,
 )
+from octavo.config.plugins import Architecture
 from octavo.config.resolve import (
     DeviceFacts,
     ResolvedConfig,
@@ -43,11 +47,14 @@ __all__ = [
     "AttentionConfig",
     "CacheOptions",
     "Checkpoint",
+    "ClassHead",
     "DeviceFacts",
     "DeviceOptions",
     "EngineOptions",
+    "LatentAttentionConfig",
     "LayerConfig",
     "MLPConfig",
+    "MoEConfig",
     "ModelConfig",
     "ModelOptions",
     "ResolvedConfig",
@@ -55,6 +62,7 @@ __all__ = [
     "RopeScaling",
     "SchedulerOptions",
     "Setting",
+    "architecture_named",
     "architectures",
     "decode_sizes",
     "excerpt",

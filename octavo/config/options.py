@@ -33,8 +33,19 @@ class ModelOptions:
     load_format: str = option(
         "auto", "auto reads the checkpoint; dummy draws random weights", ("auto", "dummy")
     )
+    model_impl: str = option(
+        "auto",
+        "whose code runs the model: octavo's, or transformers' with octavo's attention in it; auto "
+        "takes transformers' where octavo has none of its own",
+        ("auto", "octavo", "transformers"),
+    )
     skip_tokenizer_init: bool = option(
         False, "load no tokenizer: prompts are token ids, answers are ids with an empty text"
+    )
+    count_expert_tokens: bool = option(
+        False,
+        "count the tokens that each expert of a mixture gets, which costs a kernel a layer; "
+        "llm.expert_tokens() and GET /debug/experts tell",
     )
     max_model_len: int | None = option(
         None, "longest prompt and output together, in tokens; default: what the checkpoint allows"
@@ -88,6 +99,9 @@ class CacheOptions:
     kv_offloading_disk_path: str | None = option(
         None, "file for them; default: one for each model under ~/.cache/octavo/kv"
     )
+    encoder_cache_memory_bytes: int = option(
+        2**28, "bytes for the rows that an encoder made of images; the least recently used go first"
+    )
     gpu_memory_utilization: float = option(
         0.9, "share of the GPU's memory that weights, activations and KV cache may fill together"
     )
@@ -102,6 +116,11 @@ class SchedulerOptions:
     )
     max_num_batched_tokens: int | None = option(
         None, "tokens that one step computes; default: 1024, on a GPU 8192"
+    )
+    max_num_encoder_tokens: int | None = option(
+        None,
+        "image tokens that encoders make in one step, though always those of one image; default: "
+        "max_num_batched_tokens",
     )
     scheduling_policy: str = option(
         "fcfs",

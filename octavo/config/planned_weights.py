@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from octavo.config.planned_vision import encoder_parts
 from octavo.config.resolve import DTYPE_BYTES, ResolvedConfig
 
 FP32 = 4  # bytes
@@ -65,18 +66,35 @@ def plan_weights(config: ResolvedConfig, *, packed: bool) -> tuple[WeightGroup, 
     vocabulary = (model.vocab_size, hidden)
     num_embedded = math.prod(vocabulary)
     outer = [group("embedding, also the output head", [((vocabulary,), 0, 1)])]
-    if not model.tie_word_embeddings:
+    if model.is_encoder or not model.tie_word_embeddings:
         num_bytes = num_embedded * DTYPE_BYTES[config.dtype]
         embedding = WeightGroup("embedding", num_embedded, num_bytes, plain)
-        outer = [embedding, group("output head", [((vocabulary,), 0, 1)])]
-    num_norms = hidden + sum(layer.num_norm_values(hidden) for layer in model.layers)
+        outer = [embedding]
+    if not (model.is_encoder or model.tie_word_embeddings):
+        outer.append(group("output head", [((vocabulary,), 0, 1)]))
+    if model.num_token_types:
+        n = model.num_token_types * hidden
+        outer.append(WeightGroup("token types", n, n * DTYPE_BYTES[config.dtype], plain))
+    if (head := model.class_head) is not None:
+        parts = head.matrices(hidden), head.num_vector_values(hidden), 1
+        outer.append(group("head of classes", [parts]))
+    if model.num_learned_positions:
+        n = model.num_learned_positions * hidden
+        outer.append(WeightGroup("learned positions", n, n * DTYPE_BYTES[config.dtype], plain))
+    if model.vision is not None:
+        outer.append(group("vision encoder", encoder_parts(model.vision)))
+    num_norms = model.num_norm_values
+    shared = "one for all layers" if len(model.ropes) < 2 else "one for layers that turn alike"
+    norm_dtype = "float32" if model.zero_centered_norms else config.dtype
     table_bytes = sum(rope.rotary_dim for rope in model.ropes) * config.max_model_len * FP32
     return (
         *outer,
         of_layers("attention", "attention"),
         of_layers("MLP", "mlp"),
-        WeightGroup("norms", num_norms, num_norms * DTYPE_BYTES[config.dtype], plain),
-        WeightGroup("table of rotary angles", 0, table_bytes, "float32, one for all layers"),
+        WeightGroup(
+            "norms", num_norms, num_norms * DTYPE_BYTES[norm_dtype], f"{norm_dtype}, plain"
+        ),
+        WeightGroup("table of rotary angles", 0, table_bytes, f"float32, {shared}"),
     )
 
 
@@ -87,10 +105,21 @@ def _stored(rows: int, columns: int, dtype: str) -> int:
 
 
 def plan_kv_layers(config: ResolvedConfig) -> tuple[KVLayers, ...]:
-    """What layers keep of each token: here a key and a value for every key/value head."""
+    """What layers keep of each token: here a key and a value for every key/value head.
+
+    A layer with a window keeps those of the tokens before it, too.
+    """
     itemsize = DTYPE_BYTES[config.dtype]
-    by_size = Counter(layer.attention.num_cached_values for layer in config.model.layers)
+    kinds = Counter(
+        (layer.attention.window, layer.attention.num_cached_values)
+        for layer in config.model.layers
+        if layer.attention.num_cached_values
+    )
     return tuple(
-        KVLayers("full attention", num_layers, num_values * itemsize)
-        for num_values, num_layers in by_size.items()
+        KVLayers(
+            "full attention" if window is None else f"attention in a window of {window:,}",
+            num_layers,
+            num_values * itemsize,
+        )
+        for (window, num_values), num_layers in kinds.items()
     )

@@ -4,6 +4,7 @@ A value of the wrong type or size is refused, and so is, by its name, every opti
 would silently get wrong. Nothing in a config is ever executed.
 """
 
+import copy
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ MAX_HEADS = 2**12
 MAX_HEAD_DIM = 2**10
 MAX_POSITIONS = 2**28
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 FULL = "full_attention"  # of transformers' `layer_types`
 
 # Options with a neutral value; anything else would change the model's arithmetic. A family that
@@ -31,6 +32,7 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "use_sliding_window": (False, None),
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
+    "use_bidirectional_attention": (False, None),
     "quantization_config": (None,),
 }
 
@@ -57,6 +59,15 @@ class Reader:
         """The value as it stands there, for a family to check; None where there is none."""
         return self._config.get(name)
 
+    def everything(self) -> dict[str, Any]:
+        """A copy of all that stands there, unchecked."""
+        config = copy.copy(self._config)  # of its own kind: it may note what is asked of it
+        return config if isinstance(config, dict) else dict(config)
+
+    def over(self, config: Mapping[str, Any]) -> "Reader":
+        """Other words for the same model, with the same generation config beside them."""
+        return Reader(config, self._generation_config, where=self._where)
+
     def integer(self, name: str, low: int, high: int, *, default: int | None = None) -> int:
         """A whole number in low..high."""
         value = self._get(name, default)
@@ -70,6 +81,16 @@ class Reader:
         if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
             raise self.wrong(name, value, f"a number in {low}..{high}")
         return float(value)
+
+    def numbers(self, name: str, count: int, low: float, high: float) -> tuple[float, ...]:
+        """A list of `count` finite numbers in low..high."""
+        value = self._get(name, None)
+        if not isinstance(value, list) or len(value) != count:
+            raise self.wrong(name, value, f"a list of {count} numbers")
+        for number in value:
+            if type(number) not in (int, float) or not low <= number <= high:
+                raise self.wrong(name, value, f"made of numbers in {low}..{high}")
+        return tuple(map(float, value))
 
     def boolean(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -130,13 +151,27 @@ class Reader:
             self.integer("head_dim", 1, MAX_HEAD_DIM, default=default_dim),
         )
 
-    def rope(self, head_dim: int) -> Rope:
-        """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
-        if head_dim % 2:
-            raise CheckpointError(
-                f"{self._where}: head_dim={head_dim} is odd, so it cannot be rotated"
-            )
-        rope: dict[str, Any] = {"rope_theta": self._config.get("rope_theta")}
+    def rope(
+        self,
+        head_dim: int,
+        *,
+        fraction: str | None = None,
+        default_fraction: float = 1.0,
+        theta: str = "rope_theta",
+        default_theta: float = 10000.0,
+        old_names: Mapping[str, str] | None = None,
+    ) -> Rope:
+        """`rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4).
+
+        Args:
+            head_dim: numbers in a head.
+            fraction: the family's name of the part of a head that turns, where it may be one.
+            default_fraction: where that is not written.
+            theta: the family's name of `rope_theta` in the style of transformers 4.
+            default_theta: where that is not written.
+            old_names: of kinds of scaling, to those of today.
+        """
+        rope: dict[str, Any] = {"rope_theta": self._config.get(theta)}
         for name in ("rope_scaling", "rope_parameters"):
             section = self._config.get(name)
             if section is None:
@@ -144,10 +179,23 @@ class Reader:
             if not isinstance(section, Mapping):
                 raise self.wrong(name, section, "an object")
             rope |= section
+        # The model's own word on its contexts comes before the section's.
+        for name in ("max_position_embeddings", "original_max_position_embeddings"):
+            rope |= {name: self._config[name]} if self.has(name) else {}
+        if fraction is not None and rope.get("partial_rotary_factor") is None:
+            rope["partial_rotary_factor"] = self._config.get(fraction)
         read = Reader(rope, where=f"{self._where}: rope")
-        read.refuse_unless_neutral("partial_rotary_factor")
-        theta = read.number("rope_theta", 1.0, 1e12, default=10000.0)
-        return Rope(theta, head_dim, _rope_scaling(read))
+        if fraction is None:
+            read.refuse_unless_neutral("partial_rotary_factor")
+        part = read.number("partial_rotary_factor", 0.0, 1.0, default=default_fraction)
+        rotary_dim = int(head_dim * part)
+        if rotary_dim % 2 or not rotary_dim:
+            raise CheckpointError(
+                f"{self._where}: {rotary_dim} numbers of heads with head_dim={head_dim} cannot be "
+                "rotated: it must be an even number of them"
+            )
+        base = read.number("rope_theta", 1.0, 1e12, default=default_theta)
+        return Rope(base, rotary_dim, _rope_scaling(read, rotary_dim, old_names or {}))
 
     def refuse_unless_neutral(self, *names: str) -> None:
         """Refuse options of NEUTRAL, by their names, that would change the arithmetic."""
@@ -168,27 +216,40 @@ class Reader:
 
     def wrong(self, name: str, value: object, expected: str) -> CheckpointError:
         """The error for a value that is damaged."""
-        return CheckpointError(f"{self._where}: {name}={short(value)}, but it must be {expected}")
+        error = CheckpointError(f"{self._where}: {name}={short(value)}, but it must be {expected}")
+        error.field = name
+        return error
 
     def unsupported(self, name: str, value: object, supported: str) -> UnsupportedModelError:
         """The error for a sound value that our layers do not have."""
-        return UnsupportedModelError(
+        error = UnsupportedModelError(
             f"{self._where}: {name}={short(value)} is not supported, {supported}"
         )
+        error.field = name
+        return error
 
     def _get(self, name: str, default: object) -> Any:
         value = self._config.get(name)
         if value is None and default is None:
-            raise CheckpointError(f"{self._where}: {name!r} is missing")
+            error = CheckpointError(f"{self._where}: {name!r} is missing")
+            error.field = name
+            raise error
         return default if value is None else value
 
 
-def _rope_scaling(read: Reader) -> RopeScaling | None:
+def _rope_scaling(
+    read: Reader, rotary_dim: int, old_names: Mapping[str, str]
+) -> RopeScaling | None:
     kind = read.raw("rope_type") or read.raw("type") or "default"
+    kind = old_names.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ROPE_TYPES:
         raise read.unsupported("rope_type", kind, f"supported: {', '.join(ROPE_TYPES)}")
     if kind == "default":
         return None
+    if kind == "yarn":
+        return _yarn(read)
+    if kind == "longrope":
+        return _longrope(read, rotary_dim // 2)
     factor = read.number("factor", 1.0, 1e6)
     if kind == "linear":
         return RopeScaling(kind, factor)
@@ -198,6 +259,55 @@ def _rope_scaling(read: Reader) -> RopeScaling | None:
         raise CheckpointError("config: rope: high_freq_factor is not above low_freq_factor")
     original = read.integer("original_max_position_embeddings", 1, MAX_POSITIONS)
     return RopeScaling(kind, factor, low, high, original)
+
+
+def _yarn(read: Reader) -> RopeScaling:
+    """As transformers reads it, DeepSeek's `mscale` and `mscale_all_dim` included."""
+    original, factor = _stretch(read)
+    attention_factor = _yarn_scale(factor, 1.0)
+    scales = [read.number(name, 0.0, 1e3, default=0.0) for name in ("mscale", "mscale_all_dim")]
+    if all(scales):
+        attention_factor = _yarn_scale(factor, scales[0]) / _yarn_scale(factor, scales[1])
+    beta_fast = read.number("beta_fast", 1e-3, 1e6, default=32.0)
+    beta_slow = read.number("beta_slow", 1e-3, 1e6, default=1.0)
+    if beta_fast <= beta_slow:
+        raise CheckpointError("config: rope: beta_fast is not above beta_slow")
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_position_embeddings=original,
+        attention_factor=read.number("attention_factor", 1e-3, 1e3, default=attention_factor),
+        beta_fast=beta_fast,
+        beta_slow=beta_slow,
+        truncate=read.boolean("truncate", True),
+    )
+
+
+def _longrope(read: Reader, num_pairs: int) -> RopeScaling:
+    original, factor = _stretch(read)
+    attention_factor = 1.0
+    if factor > 1:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
+    return RopeScaling(
+        "longrope",
+        factor,
+        original_max_position_embeddings=original,
+        attention_factor=read.number("attention_factor", 1e-3, 1e3, default=attention_factor),
+        short_factors=read.numbers("short_factor", num_pairs, 1e-3, 1e6),
+        long_factors=read.numbers("long_factor", num_pairs, 1e-3, 1e6),
+    )
+
+
+def _stretch(read: Reader) -> tuple[int, float]:
+    """(positions of the original context, how many times as many there are now)"""
+    longest = read.integer("max_position_embeddings", 1, MAX_POSITIONS)
+    name = "original_max_position_embeddings"
+    original = read.integer(name, 2, MAX_POSITIONS, default=longest)
+    return original, read.number("factor", 1e-6, 1e6, default=longest / original)
+
+
+def _yarn_scale(factor: float, scale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def short(value: object) -> str:

@@ -16,6 +16,15 @@ Source = Literal["user", "default", "checkpoint", "device", "rule"]
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CPU_KV_CACHE_BYTES = 2**30
+# Options that mean nothing where no KV is kept.
+OF_KV = {
+    "enable_prefix_caching",
+    "kv_allocator",
+    "kv_cache_memory_bytes",
+    "kv_offloading_disk_path",
+    "kv_offloading_disk_size",
+    "kv_offloading_size",
+}
 MIB = 2**20
 GIB = 2**30
 
@@ -52,9 +61,12 @@ class ResolvedConfig:
     determinism: str
     enforce_eager: bool
     load_format: str
+    count_expert_tokens: bool
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_num_encoder_tokens: int
+    encoder_cache_bytes: int
     block_size: int
     kv_allocator: str
     enable_prefix_caching: bool
@@ -83,14 +95,30 @@ class ResolvedConfig:
         return self.model.num_cached_values * DTYPE_BYTES[self.dtype] * self.block_size
 
     @property
+    def num_cached_image_tokens(self) -> int:
+        """Rows of images that are kept on the device; 0 for a model that sees none."""
+        if self.model.vision is None:
+            return 0
+        return self.encoder_cache_bytes // (self.model.hidden_size * DTYPE_BYTES[self.dtype])
+
+    @property
     def num_host_blocks(self) -> int:
         """KV blocks that the host memory holds."""
-        return self.kv_offloading_bytes // self.kv_block_bytes
+        return self._num_blocks_in(self.kv_offloading_bytes)
 
     @property
     def num_disk_blocks(self) -> int:
         """KV blocks that the disk holds."""
-        return self.kv_offloading_disk_bytes // self.kv_block_bytes
+        return self._num_blocks_in(self.kv_offloading_disk_bytes)
+
+    @property
+    def num_device_blocks(self) -> int:
+        """KV blocks that the device holds, once `kv_cache_bytes` is known."""
+        return self._num_blocks_in(self.kv_cache_bytes or 0)
+
+    def _num_blocks_in(self, num_bytes: int) -> int:
+        """0 where the model keeps nothing, as encoders do."""
+        return num_bytes // self.kv_block_bytes if self.kv_block_bytes else 0
 
 
 class _Ledger:
@@ -127,6 +155,7 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
     ledger.choose("device", options.device.device, "device", facts.kind, facts.name)
     dtype = ledger.choose("dtype", options.loading.dtype, "checkpoint", model.dtype, "")
     load_format = _load_format(options, ledger)
+    _model_impl(options, model, ledger)
     block_size = ledger.as_given("block_size", options.cache.block_size, "one folded sheet")
     max_num_seqs = ledger.choose(
         "max_num_seqs", options.scheduler.max_num_seqs, "rule", 512 if on_gpu else 128, ""
@@ -147,6 +176,9 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
         device=facts.kind,
         dtype=dtype,
         load_format=load_format,
+        count_expert_tokens=ledger.as_given(
+            "count_expert_tokens", options.loading.count_expert_tokens, "nobody asked for it"
+        ),
         max_model_len=0,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
@@ -157,12 +189,71 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
         enable_prefix_caching=_prefix_caching(options, ledger),
         kv_cache_bytes=kv_cache_bytes,
         gpu_memory_utilization=utilization,
+        **_encoding(options, ledger, max_num_batched_tokens),
         **_offloading(options, facts, ledger),
-        **_execution(options, facts, ledger),
+        **_execution(options, facts, ledger, is_bridged=model.is_bridged),
         **_queueing(options, ledger),
         settings=(),
     )
+    if model.is_encoder:
+        return _as_encoder(config, options, ledger)
     return _with_max_model_len(config, options, ledger)
+
+
+def _as_encoder(config: ResolvedConfig, options: EngineOptions, ledger: _Ledger) -> ResolvedConfig:
+    """`config` of a model that keeps nothing of a prompt, and so must run all of it in one step."""
+    for name in sorted(OF_KV & options.changed()):
+        raise ConfigError(
+            f"{name} is about the KV cache, and this model is an encoder, which has none; leave "
+            "it out"
+        )
+    limit, given = config.model.max_position_embeddings, options.loading.max_model_len
+    if given is not None and given > limit:
+        raise ConfigError(
+            f"max_model_len is {given}, but the checkpoint was made for at most {limit} positions"
+        )
+    budget = options.scheduler.max_num_batched_tokens
+    if given is not None and budget is not None and budget < given:
+        raise ConfigError(
+            f"an encoder computes a whole prompt in one step, so max_num_batched_tokens {budget} "
+            f"must not be less than max_model_len {given}; raise the one or lower the other"
+        )
+    length = min(given or limit, budget or limit)
+    if given is not None:
+        ledger.note("max_model_len", length, "user", "")
+    elif length < limit:
+        ledger.note(
+            "max_model_len", length, "rule", "a whole prompt must fit max_num_batched_tokens"
+        )
+    else:
+        ledger.note("max_model_len", length, "checkpoint", "")
+    if budget is None:
+        budget = max(config.max_num_batched_tokens, length)
+        why = "a step computes whole prompts, the longest included"
+        ledger.note("max_num_batched_tokens", budget, "rule", why)
+    why = "an encoder keeps nothing of a prompt"
+    fields: dict[str, Any] = {"kv_allocator": "none", "enable_prefix_caching": False}
+    for name, value in (fields | {"kv_cache_memory_bytes": 0}).items():
+        ledger.note(name, value, "rule", why)
+    ledger.note("enforce_eager", True, "rule", "attention reads lengths on the host")
+    last = {setting.name: setting for setting in ledger.settings}
+    fields |= {"kv_cache_bytes": 0, "enforce_eager": True, "max_model_len": length}
+    fields |= {"max_num_batched_tokens": budget, "settings": tuple(last.values())}
+    return dataclasses.replace(config, **fields)
+
+
+def _encoding(
+    options: EngineOptions, ledger: _Ledger, max_num_batched_tokens: int
+) -> dict[str, Any]:
+    """What images may cost, in models that see any."""
+    given, why = options.scheduler.max_num_encoder_tokens, "as many as a step computes"
+    name, num_bytes = "encoder_cache_memory_bytes", options.cache.encoder_cache_memory_bytes
+    return {
+        "max_num_encoder_tokens": ledger.choose(
+            "max_num_encoder_tokens", given, "rule", max_num_batched_tokens, why
+        ),
+        "encoder_cache_bytes": ledger.as_given(name, num_bytes, "some images' worth"),
+    }
 
 
 def _load_format(options: EngineOptions, ledger: _Ledger) -> str:
@@ -172,7 +263,22 @@ def _load_format(options: EngineOptions, ledger: _Ledger) -> str:
     return str(ledger.as_given("load_format", loading.load_format, "read the checkpoint"))
 
 
-def _execution(options: EngineOptions, facts: DeviceFacts, ledger: _Ledger) -> dict[str, Any]:
+def _model_impl(options: EngineOptions, model: ModelConfig, ledger: _Ledger) -> None:
+    """Whose code runs the model, which was decided when its config was read."""
+    found = ("octavo", "octavo has its own code for this architecture")
+    if model.is_bridged:
+        found = ("transformers", "octavo has no code of its own for this architecture")
+        if options.device.determinism == "batch-invariant":
+            raise ConfigError(
+                "determinism batch-invariant is a promise of octavo's own layers, but "
+                "transformers' code runs this model; take determinism seeded"
+            )
+    ledger.choose("model_impl", options.loading.model_impl, "rule", *found)
+
+
+def _execution(
+    options: EngineOptions, facts: DeviceFacts, ledger: _Ledger, *, is_bridged: bool
+) -> dict[str, Any]:
     """How steps are run."""
     device, on_gpu = options.device, facts.kind == "cuda"
     given = options.scheduler.async_scheduling
@@ -182,11 +288,17 @@ def _execution(options: EngineOptions, facts: DeviceFacts, ledger: _Ledger) -> d
             "num_threads", device.num_threads, "device", facts.num_threads, "usable cores"
         ),
         "determinism": ledger.as_given("determinism", device.determinism, "speed comes first"),
-        "enforce_eager": ledger.as_given(
-            "enforce_eager", device.enforce_eager, "graphs save the host's time, on a GPU"
-        ),
+        "enforce_eager": _enforce_eager(device.enforce_eager, ledger, is_bridged=is_bridged),
         "async_scheduling": ledger.choose("async_scheduling", given, "device", on_gpu, why),
     }
+
+
+def _enforce_eager(given: bool, ledger: _Ledger, *, is_bridged: bool) -> bool:
+    if is_bridged and not given:
+        why = "transformers' code may wait for the device, which no graph can hold"
+        return bool(ledger.note("enforce_eager", True, "rule", why))
+    why = "graphs save the host's time, on a GPU"
+    return bool(ledger.as_given("enforce_eager", given, why))
 
 
 def _queueing(options: EngineOptions, ledger: _Ledger) -> dict[str, Any]:

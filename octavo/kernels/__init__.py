@@ -11,11 +11,18 @@ for cuts too, as long as no piece is so short that it goes to the kernel for dec
 take what is fastest for the number of rows, and so do not, unless `batch_invariant` is asked for.
 """
 
+from octavo.kernels.activations import ACTIVATIONS
 from octavo.kernels.dispatch import Case, Choice, Op, reference_only
+from octavo.kernels.encoder_attention import ENCODER_ATTENTION
 from octavo.kernels.gated_linear import GATED_LINEAR
+from octavo.kernels.gelu_tanh_mul import GELU_TANH_MUL
 from octavo.kernels.kv_write import KV_WRITE
+from octavo.kernels.latent_attention import LATENT_ATTENTION, LATENT_KV_WRITE
+from octavo.kernels.layer_norm import LAYER_NORM
 from octavo.kernels.linear import LINEAR, PreparedWeight
-from octavo.kernels.paged_attention import PAGED_ATTENTION, AttentionBatch
+from octavo.kernels.moe_experts import MOE_EXPERTS
+from octavo.kernels.moe_route import MOE_ROUTE, Routing
+from octavo.kernels.paged_attention import PAGED_ATTENTION, PLAIN, AttentionBatch, AttentionKind
 from octavo.kernels.prepare_inputs import (
     KNOWN_TO_THE_DEVICE,
     PREPARE_INPUTS,
@@ -31,12 +38,21 @@ from octavo.kernels.sample_tokens import SAMPLE_TOKENS, DrawOptions
 from octavo.kernels.silu_mul import SILU_MUL
 
 __all__ = [
+    "ACTIVATIONS",
+    "ENCODER_ATTENTION",
     "GATED_LINEAR",
+    "GELU_TANH_MUL",
     "KNOWN_TO_THE_DEVICE",
     "KV_WRITE",
+    "LAYER_NORM",
+    "LATENT_ATTENTION",
+    "LATENT_KV_WRITE",
     "LINEAR",
+    "MOE_EXPERTS",
+    "MOE_ROUTE",
     "NOT_FINITE",
     "PAGED_ATTENTION",
+    "PLAIN",
     "PREPARE_INPUTS",
     "QK_NORM_ROTARY_KV_WRITE",
     "RECORD_DRAWS",
@@ -45,6 +61,7 @@ __all__ = [
     "SAMPLE_TOKENS",
     "SILU_MUL",
     "AttentionBatch",
+    "AttentionKind",
     "Case",
     "Choice",
     "DeviceRows",
@@ -52,6 +69,7 @@ __all__ = [
     "Op",
     "PreparedInputs",
     "PreparedWeight",
+    "Routing",
     "StepShares",
     "reference_only",
 ]

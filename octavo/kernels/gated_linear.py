@@ -1,4 +1,4 @@
-"""The first half of a gated MLP: silu(x Wgᵀ) * (x Wuᵀ), where both weights stand in one.
+"""The first half of a gated MLP: f(x Wgᵀ) * (x Wuᵀ), where both weights stand in one.
 
 Owns the op. What multiplies, and in which format the weight is kept, is the caller's: most of the
 time the two steps are two kernels.
@@ -12,7 +12,6 @@ from typing import Protocol
 from torch import Tensor
 
 from octavo.kernels.dispatch import Case, Op
-from octavo.kernels.silu_mul import SiluMul
 from octavo.kernels.triton_support import needs_hopper
 from octavo.kernels.triton_support import unsupported as unsupported_by_triton
 
@@ -29,18 +28,22 @@ class GatedLinear(Protocol):
         x: Tensor,
         weight: Tensor | None,
         multiply: Callable[[Tensor], Tensor],
-        activate: SiluMul,
+        activate: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """x [T, K] -> silu(gate) * up, [T, I], where x's product with the weight is [gate, up].
+        """x [T, K] -> f(gate) * up, [T, I], where x's product with the weight is [gate, up].
 
         weight [2I, K] is None where it is not kept as plain numbers. `multiply` makes the product
         and `activate` the rest, for implementations and numbers of rows that do not do it at once.
+        f is silu, unless the case's sizes name another (`gelu_tanh`).
         """
         ...
 
 
 def reference_gated_linear(
-    x: Tensor, weight: Tensor | None, multiply: Callable[[Tensor], Tensor], activate: SiluMul
+    x: Tensor,
+    weight: Tensor | None,
+    multiply: Callable[[Tensor], Tensor],
+    activate: Callable[[Tensor], Tensor],
 ) -> Tensor:
     return activate(multiply(x))
 
@@ -54,8 +57,8 @@ def _unsupported_by_hopper(case: Case) -> str | None:
     sizes = case.sizes
     if sizes.get("batch_invariant"):
         return "its bits depend on the batch"
-    if case.dtype.itemsize != 2 or sizes.get("bias"):
-        return "made for 16-bit values, without a bias"
+    if case.dtype.itemsize != 2 or sizes.get("bias") or sizes.get("gelu_tanh"):
+        return "made for 16-bit values and silu, without a bias"
     if sizes.get("size", 0) % TMA_STEP or sizes.get("in_features", 0) % TMA_STEP:
         return f"made for sizes that {TMA_STEP} divides"
     return needs_hopper(case) or unsupported_by_triton(case)

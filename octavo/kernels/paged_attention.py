@@ -1,7 +1,8 @@
-"""Causal attention of a step's queries over the paged KV cache, for any mix of chunk lengths.
+"""Attention of a step's queries over the paged KV cache, for any mix of chunk lengths.
 
-Owns the one op that serves prefill chunks and decodes alike, and `AttentionBatch`, which says where
-each sequence's queries and blocks are. Does not know requests, nor how blocks were allocated.
+Owns the one op that serves prefill chunks and decodes alike, `AttentionKind`, which says who sees
+what, and `AttentionBatch`, which says where each sequence's queries and blocks are. Does not know
+requests, nor how blocks were allocated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,42 @@ TRITON_MAX_DIM = 256
 HOPPER_DIMS = (64, 128)
 HOPPER_MAX_GROUP = 64
 HOPPER_LEAST_BLOCK_SIZE = 8
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionKind:
+    """What a layer's attention is beyond plain causal attention. Fixed when a layer is built.
+
+    Args:
+        window: tokens that a query sees, its own the last of them (arXiv 2310.06825, section 2);
+            None: all up to its own. Blocks before every window of a step are not read: neither
+            their contents nor their entries in the block table need mean anything.
+        softcap: scores become softcap * tanh(score / softcap) (arXiv 2408.00118, section 2).
+        causal: False: a query sees the whole context, later tokens too. Only right where all
+            tokens of a sequence run in one step, as an encoder's do.
+    """
+
+    window: int | None = None
+    softcap: float | None = None
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise ValueError("a window is of one token at least, and of causal attention")
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"a softcap is above 0, not {self.softcap}")
+
+    def sizes(self) -> dict[str, int]:
+        """Of a `Case`; plain attention has none."""
+        sizes = {
+            "window": self.window or 0,
+            "softcap": int(self.softcap is not None),
+            "bidirectional": int(not self.causal),
+        }
+        return {name: size for name, size in sizes.items() if size}
+
+
+PLAIN = AttentionKind()
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +87,29 @@ class AttentionBatch:
 
 class PagedAttention(Protocol):
     def __call__(
-        self, query: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        batch: AttentionBatch,
+        scale: float,
+        kind: AttentionKind = PLAIN,
     ) -> Tensor:
         """query [T, Hq, D] (strided view allowed) -> [T, Hq, D], contiguous.
 
         kv_cache [2, num_blocks, Hkv, block_size, D] in the query's dtype, with this step's keys and
         values already written; Hq is a multiple of Hkv. Query i of a chunk of n sees the context
-        positions up to and including context_len - n + i. Softmax is taken in fp32.
+        positions up to and including context_len - n + i, but for what `kind` says; `kind` is the
+        one whose `sizes` were in the case. Scores, softcap and softmax are in fp32.
         """
         ...
 
 
 def reference_paged_attention(
-    query: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float
+    query: Tensor,
+    kv_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    kind: AttentionKind = PLAIN,
 ) -> Tensor:
     num_queries_total, num_heads, head_dim = query.shape
     num_kv_heads, block_size = kv_cache.shape[2:4]
@@ -72,25 +119,38 @@ def reference_paged_attention(
         num_queries = starts[b + 1] - starts[b]
         if num_queries == 0:
             continue
-        blocks = batch.block_tables[b, : -(-context_len // block_size)].long()
+        last_visible = torch.arange(context_len - num_queries, context_len, device=query.device)
+        if not kind.causal:
+            last_visible[:] = context_len - 1
+        unseen = 0  # tokens of blocks before every window
+        if kind.window is not None:
+            unseen = max(0, context_len - num_queries - kind.window + 1) // block_size * block_size
+        blocks = batch.block_tables[b, unseen // block_size : -(-context_len // block_size)].long()
         keys, values = (
-            # [blocks, Hkv, block_size, D] -> [Hkv, 1, context, D]
-            pages[blocks].transpose(0, 1).flatten(1, 2)[:, None, :context_len].float()
+            # [blocks, Hkv, block_size, D] -> [Hkv, 1, seen context, D]
+            pages[blocks].transpose(0, 1).flatten(1, 2)[:, None, : context_len - unseen].float()
             for pages in kv_cache
         )
         queries = query[starts[b] : starts[b + 1]].float()
         queries = queries.view(num_queries, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-        scores = queries @ keys.transpose(-1, -2) * scale  # [Hkv, group, queries, context]
-        last_visible = torch.arange(context_len - num_queries, context_len, device=query.device)
-        position = torch.arange(context_len, device=query.device)
+        scores = queries @ keys.transpose(-1, -2) * scale  # [Hkv, group, queries, seen context]
+        if kind.softcap is not None:
+            scores.div_(kind.softcap).tanh_().mul_(kind.softcap)
+        position = torch.arange(unseen, context_len, device=query.device)
         scores.masked_fill_(position > last_visible[:, None], float("-inf"))
+        if kind.window is not None:
+            scores.masked_fill_(position <= last_visible[:, None] - kind.window, float("-inf"))
         mixed = scores.softmax(-1) @ values  # [Hkv, group, queries, D]
         out[starts[b] : starts[b + 1]] = mixed.permute(2, 0, 1, 3).flatten(1, 2).to(query.dtype)
     return out
 
 
 def native_paged_attention(
-    query: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float
+    query: Tensor,
+    kv_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    kind: AttentionKind = PLAIN,
 ) -> Tensor:
     """As PagedAttention, for blocks of 16 tokens and the head sizes of `_unsupported`."""
     tokens, num_heads, dim = query.shape
@@ -112,7 +172,7 @@ def native_paged_attention(
         *(batch.query_starts.data_ptr(), batch.context_lens.data_ptr()),
         *(batch.block_tables.data_ptr(), out.data_ptr()),
         *(num_sequences, table_width, num_blocks, num_heads, num_kv_heads, dim),
-        *(scale, torch.get_num_threads()),
+        *(scale, kind.window or 0, kind.softcap or 0.0, kind.causal, torch.get_num_threads()),
     )
     return out
 
@@ -137,6 +197,8 @@ def _unsupported_by_triton(case: Case) -> str | None:
 
 def _unsupported_by_hopper(case: Case) -> str | None:
     sizes = case.sizes
+    if not sizes.keys().isdisjoint(("window", "softcap", "bidirectional")):
+        return "made for causal attention to all tokens before, without a softcap"
     block_size, dim = sizes.get("block_size", NATIVE_BLOCK_SIZE), sizes.get("head_dim", 0)
     group = sizes.get("num_heads", 1) // sizes.get("num_kv_heads", 1)
     if case.dtype.itemsize != 2 or dim not in HOPPER_DIMS:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from octavo.kernels.dispatch import Op
+from octavo.kernels.dispatch import Case, Op
 from octavo.kernels.native.support import unsupported
 from octavo.kernels.rms_norm import native_rms_norm, reference_rms_norm
 from octavo.kernels.rotary_kv_write import native_rotary_kv_write, reference_rotary_kv_write
@@ -32,7 +32,7 @@ class QkNormRotaryKvWrite(Protocol):
     ) -> None:
         """As RotaryKvWrite, after each head of query and key went through `RmsNorm`.
 
-        query_weight and key_weight [D] are in the heads' dtype.
+        query_weight and key_weight [D] are both in the heads' dtype, or both in fp32.
         """
         ...
 
@@ -73,6 +73,13 @@ def native_qk_norm_rotary_kv_write(
     native_rotary_kv_write(query, key, value, positions, cos_sin, kv_cache, slots)
 
 
+def _unsupported_by_triton(case: Case) -> str | None:
+    rotary_dim, head_dim = (case.sizes.get(name) for name in ("rotary_dim", "head_dim"))
+    if rotary_dim != head_dim and rotary_dim is not None:
+        return f"made for heads that turn as a whole, not {rotary_dim} of {head_dim} numbers"
+    return unsupported_by_triton(case)
+
+
 QK_NORM_ROTARY_KV_WRITE: Op[QkNormRotaryKvWrite] = Op(
     "qk_norm_rotary_kv_write", reference_qk_norm_rotary_kv_write
 )
@@ -80,5 +87,5 @@ QK_NORM_ROTARY_KV_WRITE.register("native", native_qk_norm_rotary_kv_write, unsup
 QK_NORM_ROTARY_KV_WRITE.register_module(
     "triton",
     "octavo.kernels.triton_rotary_kv_write:triton_qk_norm_rotary_kv_write",
-    unsupported_by_triton,
+    _unsupported_by_triton,
 )

@@ -22,11 +22,13 @@ class RmsNorm(Protocol):
     def __call__(
         self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """x, residual [T, H] and weight [H], one dtype -> (normed [T, H], h [T, H]).
+        """x, residual [T, H] of one dtype and weight [H] -> (normed [T, H], h [T, H]).
 
         h = x + residual rounded to the dtype (x itself without a residual). The norm of h is taken
-        in fp32, rounded, then multiplied by the weight: the order of transformers' LlamaRMSNorm, so
-        that both round alike. The memory of `residual` may be reused for the returned h.
+        in fp32. With a weight of the same dtype it is rounded, then multiplied by the weight: the
+        order of transformers' LlamaRMSNorm. With a weight in fp32 it is multiplied, then rounded:
+        the order of transformers' Gemma2RMSNorm. So both round as they do there. The memory of
+        `residual` may be reused for the returned h.
         """
         ...
 
@@ -37,6 +39,8 @@ def reference_rms_norm(
     hidden = x if residual is None else x + residual
     wide = hidden.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight.dtype is not x.dtype:
+        return (normed * weight).to(x.dtype), hidden
     return weight * normed.to(x.dtype), hidden
 
 
@@ -48,8 +52,9 @@ def native_rms_norm(
     row_stride, dense = x.stride()
     if dense != 1 or weight.shape != (width,) or not weight.is_contiguous():
         raise refuse("rms_norm", "x is [T, H] with dense rows, weight [H]", x=x, weight=weight)
-    if weight.dtype is not x.dtype:
-        raise refuse("rms_norm", "one dtype throughout", x=x, weight=weight)
+    has_wide_weight = weight.dtype is not x.dtype
+    if has_wide_weight and weight.dtype is not torch.float32:
+        raise refuse("rms_norm", "one dtype throughout, or a weight in fp32", x=x, weight=weight)
     if residual is not None and not (
         residual.shape == x.shape and residual.is_contiguous() and residual.dtype is x.dtype
     ):
@@ -64,6 +69,7 @@ def native_rms_norm(
         rows,
         width,
         eps,
+        has_wide_weight,
         torch.get_num_threads(),
     )
     return normed, x if residual is None else residual

@@ -1,8 +1,9 @@
 """Rotary position embedding, in place, and the write of keys and values into the paged KV cache.
 
-Owns the half-rotation ("NeoX") form, in which element i turns together with element i + D/2, and
-the compiled launcher that it shares with `kv_write`. Does not know how the table of angles was made
-(plain, scaled, YaRN): that is the layer's. Does not know attention.
+Owns the half-rotation ("NeoX") form, in which element i turns together with element i + R/2 (R
+numbers of a head turn, mostly all D), and the compiled launcher that it shares with `kv_write`.
+Does not know how the table of angles was made (plain, scaled, YaRN): that is the layer's. Does not
+know attention.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ class RotaryKvWrite(Protocol):
 
         What `key` holds afterwards is not said: who attends reads it in the cache. All three may be
         strided views into one fused qkv tensor. positions [T] int64 selects rows of cos_sin
-        [max_positions, D] fp32: D/2 cosines, then D/2 sines. For the rest see `KvWrite`.
+        [max_positions, R] fp32: R/2 cosines, then R/2 sines. The first R <= D numbers of a head
+        turn, the others stay as they are. For the rest see `KvWrite`.
         """
         ...
 
 
 def reference_rotary(heads: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
-    """Rotates heads [T, H, D] in place, in fp32, rounded once."""
-    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [T, 1, D/2]
-    first, second = heads.float().chunk(2, dim=-1)  # each [T, H, D/2]
+    """Rotates the first R numbers of heads [T, H, D] in place, in fp32, rounded once."""
+    heads = heads[..., : cos_sin.shape[1]]
+    cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # each [T, 1, R/2]
+    first, second = heads.float().chunk(2, dim=-1)  # each [T, H, R/2]
     # Both halves before either is written: in fp32 they are views of what is overwritten.
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     heads.copy_(turned)
@@ -101,7 +104,7 @@ def native_kv_write(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor)
         *(0, 0, 0, 0),
         *_head_fields(op, key, key),
         *_head_fields(op, key, value),
-        *(0, 0),
+        *(0, 0, 0),
         *_write_fields(op, key, value, kv_cache, slots),
     )
 
@@ -118,21 +121,22 @@ def native_rotary_kv_write(
     """As RotaryKvWrite."""
     op = "rotary_kv_write"
     tokens, _, dim = query.shape
+    rotary_dim = cos_sin.shape[1]
     if (
         cos_sin.dtype is not torch.float32
-        or cos_sin.shape[1] != dim
-        or dim % 2
+        or rotary_dim > dim
+        or rotary_dim % 2
         or positions.dtype is not torch.int64
         or positions.shape != (tokens,)
         or not (positions.is_contiguous() and cos_sin.is_contiguous())
     ):
-        rule = "positions is [T] int64, cos_sin [positions, D] fp32, D even, both contiguous"
+        rule = "positions is [T] int64, cos_sin [positions, R <= D] fp32, R even, both contiguous"
         raise refuse(op, rule, query=query, positions=positions, cos_sin=cos_sin)
     native.library().rotary_kv_write[query.dtype](
         *_head_fields(op, query, query),
         *_head_fields(op, query, key),
         *_head_fields(op, query, value),
-        *(positions.data_ptr(), cos_sin.data_ptr()),
+        *(positions.data_ptr(), cos_sin.data_ptr(), rotary_dim),
         *_write_fields(op, key, value, kv_cache, slots),
     )
 

@@ -8,10 +8,14 @@ that neither the grid nor the host knows how long anything is. Does not know wha
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from octavo.kernels.paged_attention import PLAIN, AttentionKind
 
 # Sequences counted at once, a power of 8 so that few variants are ever compiled.
 LEAST_COUNTED = 16
@@ -23,6 +27,17 @@ def counted_at_once(num_sequences: int) -> int:
     while count < num_sequences:
         count *= 8
     return count
+
+
+def kind_constants(kind: AttentionKind, scale: float) -> dict[str, Any]:
+    """What of a kind is compiled in. Plain attention names nothing: kernels default to it."""
+    if kind is PLAIN:
+        return {}
+    return {
+        "WINDOW": kind.window or 0,
+        "CAP_SCALE": scale / kind.softcap if kind.softcap else 0.0,
+        "CAUSAL": kind.causal,
+    }
 
 
 def multiprocessors(tensor: Tensor) -> int:
@@ -105,6 +120,22 @@ def load_keys_and_values(
 
 
 @triton.jit
+def capped(scores, CAP_SCALE: tl.constexpr):
+    """tanh(scores * CAP_SCALE), as 1 - 2 / (1 + e^2x) says: the softmax's scale is the cap then.
+
+    The series where that would leave little of x has the coefficients of Cephes' tanhf.
+    """
+    x = scores * CAP_SCALE
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
+    square = x * x
+    near = -5.70498872745e-3 * square + 2.06390887954e-2
+    near = near * square - 5.37397155531e-2
+    near = near * square + 1.33314422036e-1
+    near = near * square - 3.33332819422e-1
+    return tl.where(square < 0.390625, near * square * x + x, far)
+
+
+@triton.jit
 def attend_to_keys(
     acc,
     row_top,
@@ -125,15 +156,21 @@ def attend_to_keys(
     DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP_SCALE: tl.constexpr,
 ):
     """Adds context positions first:stop, a tile at a time, to the running softmax of the rows.
 
     MASKED: some row may not see some position before `stop`, or the last tile is a partial one. Two
     loops, one without masks, are a seventh faster than one that decides for each tile.
     """
+    if MASKED and WINDOW:
+        first_seen = tl.min(last_visible, 0) - (WINDOW - 1)  # blocks before it may be anybody's
     for start in tl.range(first, stop, KEYS):
         position = start + tl.arange(0, KEYS)
         exists = position < stop
+        if MASKED and WINDOW:
+            exists &= position >= first_seen
         keys, values = load_keys_and_values(
             position,
             exists,
@@ -148,8 +185,12 @@ def attend_to_keys(
             MASKED,
         )
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [ROWS, KEYS]
+        if CAP_SCALE != 0.0:
+            scores = capped(scores, CAP_SCALE)
         if MASKED:
             seen = (position[None, :] <= last_visible[:, None]) & exists[None, :]
+            if WINDOW:
+                seen &= position[None, :] > (last_visible - WINDOW)[:, None]
             scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(row_top, tl.max(scores, 1) * scale_log2)
         # A row that has seen nothing yet has a top of -inf, and -inf - -inf is no number.

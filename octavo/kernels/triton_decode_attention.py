@@ -10,6 +10,9 @@ left to chunks, chunks to splits, splits to the result. Which of these a program
 (the grain) depends on how much there is to do; it changes who adds, never what is added to what.
 And as weights are relative to powers of two, to change what they are relative to rounds nothing.
 So a token has the same bits whatever is beside it, and however many multiprocessors there are.
+
+Of a context with a window only the span that the sequence's queries see is walked. It begins at a
+whole tile, and all that was said of a context's length holds of the span's.
 """
 
 from __future__ import annotations
@@ -19,9 +22,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.paged_attention import AttentionBatch
+from octavo.kernels.paged_attention import PLAIN, AttentionBatch, AttentionKind
+from octavo.kernels.triton_attention_parts import (
+    ALL,
+    CHUNK,
+    NO_TOP,
+    SPLIT,
+    TILE,
+    combine,
+    first_walked,
+    log_of_unit,
+    num_units,
+    own_split_log,
+)
 from octavo.kernels.triton_attention_tile import (
+    capped,
     counted_at_once,
+    kind_constants,
     load_keys_and_values,
     load_lengths,
     load_queries,
@@ -40,12 +57,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 REGISTERS = 1 << 16  # of a multiprocessor
 ENOUGH_PER_MULTIPROCESSOR = 0.75  # splits (or chunks) to do: with fewer, a finer grain is better
 PLENTY_PER_MULTIPROCESSOR = 3.5  # whole contexts of about one length, likewise
-ALL, SPLIT, CHUNK, TILE = (tl.constexpr(grain) for grain in range(4))
 PARTS_AT_ONCE = 4
-TOPS_AT_ONCE = tl.constexpr(64)
-# Where nothing was seen. Not -inf, for -inf - -inf is no number.
-NO_TOP = tl.constexpr(-1e30)
-DOUBLINGS = tl.constexpr(12)  # of a split's length: 67 million tokens
 PART_BYTES = 32 << 20  # of all parts; contexts that would need more are not cut
 NUM_ARRIVALS = 1 << 16
 FIRST_ARRIVAL = tl.constexpr(32)  # those before it share a cache line with the ticket
@@ -77,7 +89,12 @@ def most_queries(group: int) -> int:
 
 
 def attend_with_few_queries(
-    query: Tensor, kv_cache: Tensor, out: Tensor, batch: AttentionBatch, scale: float
+    query: Tensor,
+    kv_cache: Tensor,
+    out: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    kind: AttentionKind = PLAIN,
 ) -> None:
     """Writes the rows of `out` [T, Hq, D] of the sequences with 1 to `most_queries` queries.
 
@@ -99,7 +116,7 @@ def attend_with_few_queries(
     capacity = min(most_parts, PART_BYTES // (max_rows * (dim + 2) * 4))
     # A finer grain than splits is taken only if there are fewer than `enough` of a coarser one.
     capacity = max(capacity, enough * max(CHUNKS, SPLIT_LEN // CHUNKS // keys))
-    # Rows fastest, see `_combine`.
+    # Rows fastest, see `combine`.
     parts = query.new_empty((capacity, dim, max_rows), dtype=torch.float32)
     tops, sums = query.new_empty((2, capacity, max_rows), dtype=torch.float32)
     launch(_attend, (count * PROGRAMS_PER_MULTIPROCESSOR,))(
@@ -108,7 +125,7 @@ def attend_with_few_queries(
         *(num_tokens, num_sequences, table_width, max_rows, capacity, enough),
         int(count * PLENTY_PER_MULTIPROCESSOR),
         num_blocks * num_kv_heads * block_size * dim,
-        *(query.stride(0), query.stride(1), scale * LOG2_E),
+        *(query.stride(0), query.stride(1), (kind.softcap or scale) * LOG2_E),
         BATCH_PAD=counted_at_once(num_sequences),
         ROWS=rows,
         ROW_TILES=row_tiles,
@@ -127,6 +144,7 @@ def attend_with_few_queries(
         # Triton would round fp32 operands to tf32 otherwise.
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         **launch_options(),
+        **kind_constants(kind, scale),
         num_warps=warps,
         num_stages=stages[num_sequences > SMALL_BATCH],
         maxnreg=min(255, REGISTERS // (PROGRAMS_PER_MULTIPROCESSOR * 32 * warps) // 8 * 8),
@@ -150,31 +168,6 @@ def _arrivals(query: Tensor, count: int) -> Tensor:
 
 
 @triton.jit
-def _own_split_log(context_len, SPLIT_LOG: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """How a context is split: a matter of its own length, so that its batch changes no bit."""
-    log = context_len * 0 + SPLIT_LOG
-    for i in tl.static_range(DOUBLINGS):
-        log += (context_len > (MAX_SPLITS << (SPLIT_LOG + i))).to(tl.int32)
-    return log
-
-
-@triton.jit
-def _unit_log(
-    split_log, grain, KEYS_LOG: tl.constexpr, CHUNK_LOG: tl.constexpr, SPLIT_LOG: tl.constexpr
-):
-    """Context tokens of a unit, as a power of two. A long context has no units of one tile."""
-    fine = (grain == TILE) & (split_log == SPLIT_LOG)
-    log = tl.where(fine, KEYS_LOG, split_log - (SPLIT_LOG - CHUNK_LOG))
-    return tl.where(grain == ALL, 30, tl.where(grain == SPLIT, split_log, log))
-
-
-@triton.jit
-def _num_units(context_len, unit_log):
-    """At least one: a query over an empty context needs its zeros."""
-    return tl.maximum(((context_len - 1) >> unit_log) + 1, 1)
-
-
-@triton.jit
 def _attend_to_tile(
     queries,
     last_visible,
@@ -191,6 +184,8 @@ def _attend_to_tile(
     DIM: tl.constexpr,
     DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP_SCALE: tl.constexpr,
 ):
     """Of one tile of keys: [ROWS, DIM_PAD] weighted sums, [ROWS, 1] top scores and weights.
 
@@ -198,6 +193,8 @@ def _attend_to_tile(
     """
     position = start + tl.arange(0, KEYS)
     exists = position < stop
+    if WINDOW:
+        exists &= position > tl.min(last_visible, 0) - WINDOW  # blocks before may be anybody's
     keys, values = load_keys_and_values(
         position,
         exists,
@@ -212,84 +209,16 @@ def _attend_to_tile(
         True,
     )
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [ROWS, KEYS]
+    if CAP_SCALE != 0.0:
+        scores = capped(scores, CAP_SCALE)
     seen = (position[None, :] <= last_visible[:, None]) & exists[None, :]
+    if WINDOW:
+        seen &= position[None, :] > (last_visible - WINDOW)[:, None]
     scores = tl.where(seen, scores, float("-inf"))
     top = tl.maximum(tl.ceil(tl.max(scores, 1)[:, None] * scale_log2), NO_TOP)
     weights = tl.exp2(tl.fma(scores, scale_log2, -top))
     acc = tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
     return acc, top, tl.sum(weights, 1)[:, None]
-
-
-@triton.jit
-def _combine(
-    out,
-    parts,
-    tops,
-    sums,
-    first_part,
-    num_parts,
-    unit_log,
-    chunk_mask,
-    split_mask,
-    first_query,
-    num_rows,
-    first_row,
-    max_rows,
-    kv_head,
-    KV_HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_PAD: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
-    """One query's rows of a (sequence, kv head): adds up its parts, which are KV_HEADS apart.
-
-    Tops and sums are loaded as wide as the parts, and all of them with rows fastest: so the three
-    have one layout, and no addition waits for threads to trade what they hold.
-    """
-    row = first_row + tl.arange(0, GROUP_PAD)
-    column = tl.arange(0, DIM_PAD)
-    exists = (tl.arange(0, GROUP_PAD) < GROUP) & (row < num_rows)
-    there = exists[:, None] & (column < DIM)[None, :]
-    # What other multiprocessors wrote is loaded past the first-level cache, here and below.
-    row_top = tl.full([GROUP_PAD], NO_TOP, tl.float32)
-    for first in tl.range(0, num_parts, TOPS_AT_ONCE):
-        index = first + tl.arange(0, TOPS_AT_ONCE)
-        line = (first_part + index * KV_HEADS)[None, :].to(tl.int64) * max_rows + row[:, None]
-        inside = exists[:, None] & (index < num_parts)[None, :]
-        some = tl.load(tops + line, inside, NO_TOP, cache_modifier=".cg")
-        row_top = tl.maximum(row_top, tl.max(some, 1))
-    nothing = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
-    top = row_top[:, None] + nothing
-    chunk, chunk_sum = nothing, nothing
-    split, split_sum = nothing, nothing
-    acc, total = nothing, nothing
-    for first in tl.range(0, num_parts, AT_ONCE):
-        loaded = ()  # first all loads, then what branches: so they are on their way at once
-        for i in tl.static_range(AT_ONCE):
-            slot = (first_part + (first + i) * KV_HEADS).to(tl.int64) * max_rows
-            inside = there & (first + i < num_parts)
-            place = row[:, None] + column[None, :] * max_rows
-            line = slot + row[:, None] + column[None, :] * 0
-            part = tl.load(parts + slot * DIM + place, inside, 0.0, cache_modifier=".cg")
-            part_top = tl.load(tops + line, inside, NO_TOP, cache_modifier=".cg")
-            part_sum = tl.load(sums + line, inside, 0.0, cache_modifier=".cg")
-            loaded = loaded + (part, part_top, part_sum)  # type: ignore[assignment]
-        for i in tl.static_range(AT_ONCE):
-            start = (first + i) << unit_log
-            if (start & chunk_mask) == 0:
-                split, split_sum = split + chunk, split_sum + chunk_sum
-                chunk, chunk_sum = nothing, nothing
-                if (start & split_mask) == 0:
-                    acc, total = acc + split, total + split_sum
-                    split, split_sum = nothing, nothing
-            share = tl.exp2(loaded[3 * i + 1] - top)
-            chunk = tl.fma(loaded[3 * i], share, chunk)
-            chunk_sum = tl.fma(loaded[3 * i + 2], share, chunk_sum)
-    acc, total = acc + (split + chunk), total + (split_sum + chunk_sum)
-    last = tl.where(exists, row, num_rows)
-    store_rows(out, acc, total, first_query, num_rows, last, kv_head, KV_HEADS, GROUP, DIM, DIM_PAD)
 
 
 @triton.jit(
@@ -335,6 +264,9 @@ def _attend(
     DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    WINDOW: tl.constexpr = 0,
+    CAP_SCALE: tl.constexpr = 0.0,
+    CAUSAL: tl.constexpr = True,
 ):
     """Items (sequence, unit of its context, kv head, tile of rows), heads fastest, in turn."""
     allow_next(PDL)
@@ -343,11 +275,13 @@ def _attend(
     HEADS: tl.constexpr = KV_HEADS * ROW_TILES
     num_programs = tl.num_programs(0)
     num_queries, contexts = load_lengths(query_starts, context_lens, num_sequences, BATCH_PAD)
+    if WINDOW:
+        contexts -= first_walked(contexts, num_queries, KEYS, WINDOW)
     num_owned = tl.load(query_starts + num_sequences)
     ours = ((num_queries > 0) & (num_queries <= MAX_QUERIES)).to(tl.int32)
-    split_logs = _own_split_log(contexts, SPLIT_LOG, MAX_SPLITS)
-    num_splits = _num_units(contexts, split_logs) * ours
-    num_chunks = _num_units(contexts, split_logs - (SPLIT_LOG - CHUNK_LOG)) * ours
+    split_logs = own_split_log(contexts, SPLIT_LOG, MAX_SPLITS)
+    num_splits = num_units(contexts, split_logs) * ours
+    num_chunks = num_units(contexts, split_logs - (SPLIT_LOG - CHUNK_LOG)) * ours
     # Both sums in one reduction: it is the longest part of what there is before the first load.
     both = tl.sum(num_splits.to(tl.int64) + (num_chunks.to(tl.int64) << 32), 0)
     splits = (both & 0xFFFFFFFF).to(tl.int32) * HEADS
@@ -361,7 +295,7 @@ def _attend(
         is_even = tl.max(contexts * ours, 0) * 4 <= mean * 5
         grain = tl.where(is_even & (owners * HEADS >= plenty), ALL, grain)
     grain = tl.where(splits > capacity, ALL, grain)
-    units = _num_units(contexts, _unit_log(split_logs, grain, KEYS_LOG, CHUNK_LOG, SPLIT_LOG))
+    units = num_units(contexts, log_of_unit(split_logs, grain, KEYS_LOG, CHUNK_LOG, SPLIT_LOG))
     units *= ours
     ends = tl.cumsum(units, 0)
     num_items = tl.max(ends, 0) * HEADS
@@ -374,13 +308,17 @@ def _attend(
         first_query = tl.load(query_starts + b)
         num_rows = (tl.load(query_starts + b + 1) - first_query) * GROUP
         context_len = tl.load(context_lens + b)
-        split_log = _own_split_log(context_len, SPLIT_LOG, MAX_SPLITS)
-        unit_log = _unit_log(split_log, grain, KEYS_LOG, CHUNK_LOG, SPLIT_LOG)
-        own_units = _num_units(context_len, unit_log)
+        base = 0
+        if WINDOW:
+            base = first_walked(context_len, num_rows // GROUP, KEYS, WINDOW)
+        span = context_len - base
+        split_log = own_split_log(span, SPLIT_LOG, MAX_SPLITS)
+        unit_log = log_of_unit(split_log, grain, KEYS_LOG, CHUNK_LOG, SPLIT_LOG)
+        own_units = num_units(span, unit_log)
         chunk_mask = (1 << (split_log - (SPLIT_LOG - CHUNK_LOG))) - 1
         split_mask = (1 << split_log) - 1
         first = unit << unit_log
-        stop = tl.minimum((unit + 1) << unit_log, context_len)
+        stop = tl.minimum((unit + 1) << unit_log, span)
         row = first_row + tl.arange(0, ROWS)
         queries = load_queries(
             query,
@@ -395,6 +333,8 @@ def _attend(
             DIM_PAD,
         )
         last_visible = context_len - num_rows // GROUP + row // GROUP
+        if not CAUSAL:
+            last_visible = last_visible * 0 + (context_len - 1)
         table = block_tables + b.to(tl.int64) * table_width
         nothing = tl.zeros([ROWS, DIM_PAD], tl.float32)
         no_sum = tl.zeros([ROWS, 1], tl.float32)
@@ -412,8 +352,8 @@ def _attend(
             tile, tile_top, tile_sum = _attend_to_tile(
                 queries,
                 last_visible,
-                start,
-                stop,
+                base + start,
+                base + stop,
                 kv_cache,
                 value_offset,
                 table,
@@ -425,6 +365,8 @@ def _attend(
                 DIM,
                 DIM_PAD,
                 PRECISION,
+                WINDOW,
+                CAP_SCALE,
             )
             new_top = tl.maximum(top, tile_top)
             shrink = tl.exp2(top - new_top)
@@ -457,7 +399,7 @@ def _attend(
                 tl.store(place, 0)
                 last_row = tl.minimum(first_row + ROWS, num_rows)
                 for query_row in tl.range(first_row, last_row, GROUP):
-                    _combine(
+                    combine(
                         out,
                         parts,
                         tops,

@@ -1,4 +1,4 @@
-"""Causal attention over the paged KV cache in Triton: one kernel for few queries, one for many.
+"""Attention over the paged KV cache in Triton: one kernel for few queries, one for many.
 
 Owns the choice and the kernel for many queries, a running softmax (arXiv 2205.14135, algorithm 1);
 `triton_decode_attention` has the other, `hopper_prompt_attention` a faster one for many. Does not
@@ -10,16 +10,23 @@ within them: sequences past the last real one have no queries and a context of 0
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Protocol
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from octavo.kernels.paged_attention import TRITON_MAX_DIM, AttentionBatch
+from octavo.kernels.paged_attention import (
+    PLAIN,
+    TRITON_MAX_DIM,
+    AttentionBatch,
+    AttentionKind,
+)
 from octavo.kernels.triton_attention_tile import (
     attend_to_keys,
     counted_at_once,
+    kind_constants,
     load_lengths,
     load_queries,
     owner_of,
@@ -61,14 +68,21 @@ class AttendWithMany(Protocol):
 
 
 def triton_paged_attention(
-    query: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float
+    query: Tensor,
+    kv_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    kind: AttentionKind = PLAIN,
 ) -> Tensor:
     """As PagedAttention, for any block size and head sizes up to 256.
 
     A query that sees nothing (a context of 0) and a token of no sequence (beyond query_starts[B])
     get zeros. `max_query_len` may be any bound; `max_context_len` is not looked at.
     """
-    return attend_to_all(query, kv_cache, batch, scale, attend_with_many_queries)
+    if kind is PLAIN:
+        return attend_to_all(query, kv_cache, batch, scale, attend_with_many_queries)
+    attend_with_many = partial(attend_with_many_queries, kind=kind)
+    return attend_to_all(query, kv_cache, batch, scale, attend_with_many, kind)
 
 
 def attend_to_all(
@@ -77,6 +91,7 @@ def attend_to_all(
     batch: AttentionBatch,
     scale: float,
     attend_with_many: AttendWithMany,
+    kind: AttentionKind = PLAIN,
 ) -> Tensor:
     """PagedAttention by two kernels: one for the sequences with few queries, and this for others.
 
@@ -89,12 +104,16 @@ def attend_to_all(
         if min(batch.max_query_len, num_tokens) > few:
             attend_with_many(query, kv_cache, out, batch, scale, few=few)
         # Always: that no sequence has few queries cannot be told from bounds.
-        attend_with_few_queries(query, kv_cache, out, batch, scale)
+        attend_with_few_queries(query, kv_cache, out, batch, scale, kind)
     return out
 
 
 def triton_invariant_paged_attention(
-    query: Tensor, kv_cache: Tensor, batch: AttentionBatch, scale: float
+    query: Tensor,
+    kv_cache: Tensor,
+    batch: AttentionBatch,
+    scale: float,
+    kind: AttentionKind = PLAIN,
 ) -> Tensor:
     """As PagedAttention, by the kernel for many queries alone, which reads a context in one order.
 
@@ -103,7 +122,7 @@ def triton_invariant_paged_attention(
     """
     out = _empty_result(query, kv_cache, batch).zero_()  # tokens of no sequence are not written
     if len(query) and len(batch.context_lens):
-        attend_with_many_queries(query, kv_cache, out, batch, scale, few=0)
+        attend_with_many_queries(query, kv_cache, out, batch, scale, few=0, kind=kind)
     return out
 
 
@@ -129,6 +148,7 @@ def attend_with_many_queries(
     scale: float,
     *,
     few: int,
+    kind: AttentionKind = PLAIN,
 ) -> None:
     """Writes the rows of `out` [T, Hq, D] of the sequences with more than `few` queries."""
     num_tokens, num_heads, dim = query.shape
@@ -147,7 +167,7 @@ def attend_with_many_queries(
         num_blocks * num_kv_heads * block_size * dim,
         query.stride(0),
         query.stride(1),
-        scale * LOG2_E,
+        (kind.softcap or scale) * LOG2_E,
         # The compiler spills more registers where fewer are counted.
         BATCH_PAD=counted_at_once(max(128, num_sequences)),
         ROWS=rows,
@@ -161,6 +181,7 @@ def attend_with_many_queries(
         # Triton would round fp32 operands to tf32 otherwise.
         PRECISION="ieee" if query.element_size() == 4 else "tf32",
         **launch_options(),
+        **kind_constants(kind, scale),
         num_warps=warps,
         num_stages=stages,
     )
@@ -194,6 +215,9 @@ def _attend(
     DIM_PAD: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
+    WINDOW: tl.constexpr = 0,
+    CAP_SCALE: tl.constexpr = 0.0,
+    CAUSAL: tl.constexpr = True,
 ):
     """One tile of rows of one (sequence, kv head) over all that it sees; heads are fastest.
 
@@ -233,17 +257,50 @@ def _attend(
     last_row = tl.minimum(first_row + ROWS, num_rows) - 1
     stop = num_before + last_row // GROUP + 1
     stop_of_full = (num_before + first_row // GROUP + 1) // KEYS * KEYS  # every row sees these
+    if not CAUSAL:
+        stop = num_before + num_queries
+        last_visible = last_visible * 0 + (stop - 1)
+        stop_of_full = stop // KEYS * KEYS
     table = block_tables + tl.cast(b, tl.int64) * table_width
     acc = tl.zeros([ROWS, DIM_PAD], tl.float32)
     row_top = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
+    first_of_full = 0
+    if WINDOW:
+        # The tiles where windows begin: between them and `stop_of_full` every row sees all again.
+        first = tl.maximum(num_before + first_row // GROUP + 1 - WINDOW, 0) // KEYS * KEYS
+        first_of_full = tl.minimum(tl.cdiv(tl.maximum(stop - WINDOW, 0), KEYS) * KEYS, stop)
+        stop_of_full = tl.maximum(first_of_full, stop_of_full)
+        acc, row_top, row_sum = attend_to_keys(
+            acc,
+            row_top,
+            row_sum,
+            queries,
+            last_visible,
+            first,
+            first_of_full,
+            kv_cache,
+            value_offset,
+            table,
+            kv_head,
+            scale_log2,
+            KEYS,
+            KV_HEADS,
+            BLOCK_SIZE,
+            DIM,
+            DIM_PAD,
+            PRECISION,
+            True,
+            WINDOW,
+            CAP_SCALE,
+        )
     acc, row_top, row_sum = attend_to_keys(
         acc,
         row_top,
         row_sum,
         queries,
         last_visible,
-        0,
+        first_of_full,
         stop_of_full,
         kv_cache,
         value_offset,
@@ -257,6 +314,8 @@ def _attend(
         DIM_PAD,
         PRECISION,
         False,
+        WINDOW,
+        CAP_SCALE,
     )
     acc, row_top, row_sum = attend_to_keys(
         acc,
@@ -278,6 +337,8 @@ def _attend(
         DIM_PAD,
         PRECISION,
         True,
+        WINDOW,
+        CAP_SCALE,
     )
     store_rows(
         out,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,8 +27,8 @@ def triton_rms_norm(
     row_stride, dense = x.stride()
     if dense != 1 or weight.shape != shape[1:] or not weight.is_contiguous():
         raise refuse("rms_norm", "x is [T, H] with dense rows, weight [H]", x=x, weight=weight)
-    if weight.dtype is not x.dtype or width > MAX_TRITON_WIDTH:
-        rule = f"one dtype throughout, rows of at most {MAX_TRITON_WIDTH:,}"
+    if weight.dtype not in (x.dtype, torch.float32) or width > MAX_TRITON_WIDTH:
+        rule = f"one dtype throughout, or a weight in fp32, rows of at most {MAX_TRITON_WIDTH:,}"
         raise refuse("rms_norm", rule, x=x, weight=weight)
     hidden = x if residual is None else residual
     if residual is not None and not (
@@ -80,5 +81,6 @@ def _rms_norm(
         tl.store(stream, hidden, mask=there)
     wide = hidden.to(tl.float32)
     unit = wide * tl.rsqrt(tl.sum(wide * wide, 0) / WIDTH + eps)
-    rounded = unit.to(hidden.dtype).to(tl.float32)
+    # Before a weight of the same dtype, not before a wider one.
+    rounded = unit.to(weight.dtype.element_ty).to(tl.float32)
     tl.store(normed + row * WIDTH + column, (rounded * scale).to(hidden.dtype), mask=there)

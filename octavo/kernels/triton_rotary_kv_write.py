@@ -24,7 +24,7 @@ def triton_kv_write(key: Tensor, value: Tensor, kv_cache: Tensor, slots: Tensor)
     """As KvWrite."""
     _check_write("kv_write", key, value, kv_cache, slots)
     # The kernel reads none of the tensors that stand in for those of a rotation.
-    sizes = (0, key.shape[1], key.shape[2], kv_cache.shape[3], False, False)
+    sizes = (0, key.shape[1], key.shape[2], kv_cache.shape[3], 0, False)
     _launch(key, key, value, slots, kv_cache, kv_cache, slots, *(kv_cache, kv_cache, 0.0), sizes)
 
 
@@ -40,7 +40,7 @@ def triton_rotary_kv_write(
     """As RotaryKvWrite."""
     _check_rotation("rotary_kv_write", query, key, positions, cos_sin)
     _check_write("rotary_kv_write", key, value, kv_cache, slots)
-    sizes = (query.shape[1], key.shape[1], key.shape[2], kv_cache.shape[3], True, False)
+    sizes = (query.shape[1], *key.shape[1:], kv_cache.shape[3], cos_sin.shape[1], False)
     norms = (kv_cache, kv_cache, 0.0)
     _launch(query, key, value, positions, cos_sin, kv_cache, slots, *norms, sizes)
 
@@ -60,15 +60,19 @@ def triton_qk_norm_rotary_kv_write(
     """As QkNormRotaryKvWrite."""
     op = "qk_norm_rotary_kv_write"
     _check_rotation(op, query, key, positions, cos_sin)
+    if cos_sin.shape[1] != key.shape[2]:
+        raise refuse(op, "a head turns as a whole", key=key, cos_sin=cos_sin)
     _check_write(op, key, value, kv_cache, slots)
     for weight in (query_weight, key_weight):
         if (
             weight.shape != key.shape[2:]
-            or weight.dtype is not key.dtype
+            or weight.dtype not in (key.dtype, torch.float32)
+            or weight.dtype is not query_weight.dtype
             or not weight.is_contiguous()
         ):
-            raise refuse(op, "weights are [D], in the heads' dtype, dense", key=key, weight=weight)
-    sizes = (query.shape[1], key.shape[1], key.shape[2], kv_cache.shape[3], True, True)
+            rule = "weights are [D], both in the heads' dtype or in fp32, dense"
+            raise refuse(op, rule, key=key, weight=weight)
+    sizes = (query.shape[1], *key.shape[1:], kv_cache.shape[3], cos_sin.shape[1], True)
     norms = (query_weight, key_weight, eps)
     _launch(query, key, value, positions, cos_sin, kv_cache, slots, *norms, sizes)
 
@@ -82,13 +86,13 @@ def _check_rotation(
         raise refuse(op, rule, query=query, key=key)
     if (
         cos_sin.dtype is not torch.float32
-        or cos_sin.shape[1] != dim
-        or dim % 2
+        or cos_sin.shape[1] > dim
+        or cos_sin.shape[1] % 2
         or positions.dtype is not torch.int64
         or positions.shape != (tokens,)
         or not (positions.is_contiguous() and cos_sin.is_contiguous())
     ):
-        rule = "positions is [T] int64, cos_sin [positions, D] fp32, D even, both contiguous"
+        rule = "positions is [T] int64, cos_sin [positions, R <= D] fp32, R even, both contiguous"
         raise refuse(op, rule, query=query, positions=positions, cos_sin=cos_sin)
 
 
@@ -124,7 +128,7 @@ def _launch(
     query_weight: Tensor,
     key_weight: Tensor,
     eps: float,
-    sizes: tuple[int, int, int, int, bool, bool],
+    sizes: tuple[int, int, int, int, int, bool],
 ) -> None:
     """Of checked tensors; `sizes` are the arguments of `_constants`."""
     tokens = key.shape[0]
@@ -143,7 +147,7 @@ def _launch(
 
 @cache
 def _constants(
-    num_heads: int, num_kv_heads: int, dim: int, block_size: int, rotates: bool, norms: bool
+    num_heads: int, num_kv_heads: int, dim: int, block_size: int, rotary_dim: int, norms: bool
 ) -> tuple[int, dict[str, Any]]:
     """(programs for a token, keywords of the launch)"""
     half = triton.next_power_of_2(max(1, triton.cdiv(dim, 2)))
@@ -157,7 +161,7 @@ def _constants(
         "HALF_PAD": half,
         "AT_ONCE": at_once,
         "QUERY_PROGRAMS": query_programs,
-        "ROTATE": rotates,
+        "ROTARY_DIM": rotary_dim,
         "NORM": norms,
         "num_warps": 4,
         **launch_options(),
@@ -174,22 +178,25 @@ def _turned(
     sin,
     there,
     DIM: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     HALF_PAD: tl.constexpr,
     NORM: tl.constexpr,
 ):
     """Both halves of some heads at `heads` [n, 1], normed if asked, turned, rounded once."""
     column = tl.arange(0, HALF_PAD)[None, :]
     first = tl.load(heads + column, mask=there, other=0.0)
-    second = tl.load(heads + DIM // 2 + column, mask=there, other=0.0)
+    second = tl.load(heads + ROTARY_DIM // 2 + column, mask=there, other=0.0)
     dtype = first.dtype
     first = first.to(tl.float32)
     second = second.to(tl.float32)
     if NORM:
         squares = tl.sum(first * first, 1) + tl.sum(second * second, 1)
         inverse = tl.rsqrt(squares / DIM + eps)[:, None]
-        # Rounded where RMS_NORM rounds.
-        first = ((first * inverse).to(dtype).to(tl.float32) * first_weight).to(dtype)
-        second = ((second * inverse).to(dtype).to(tl.float32) * second_weight).to(dtype)
+        # Rounded where RMS_NORM rounds: before a weight of the same dtype, not before a wider one.
+        unit = (first * inverse).to(first_weight.dtype).to(tl.float32)
+        first = (unit * first_weight.to(tl.float32)).to(dtype)
+        unit = (second * inverse).to(second_weight.dtype).to(tl.float32)
+        second = (unit * second_weight.to(tl.float32)).to(dtype)
         first = first.to(tl.float32)
         second = second.to(tl.float32)
     return (first * cos - second * sin).to(dtype), (second * cos + first * sin).to(dtype)
@@ -221,7 +228,7 @@ def _rotary_kv_write(
     HALF_PAD: tl.constexpr,
     AT_ONCE: tl.constexpr,
     QUERY_PROGRAMS: tl.constexpr,
-    ROTATE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
     NORM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -230,31 +237,41 @@ def _rotary_kv_write(
     token = tl.program_id(0).to(tl.int64)
     program = tl.program_id(1)
     half = tl.arange(0, HALF_PAD)[None, :]
-    inside = half < DIM // 2
+    inside = half < ROTARY_DIM // 2
     first_weight = 1.0
     second_weight = 1.0
     if NORM:  # no kernel writes the weights
         weight = key_weight
         if program < QUERY_PROGRAMS:
             weight = query_weight
-        first_weight = tl.load(weight + half, mask=inside, other=0.0).to(tl.float32)
-        second_weight = tl.load(weight + DIM // 2 + half, mask=inside, other=0.0).to(tl.float32)
+        first_weight = tl.load(weight + half, mask=inside, other=0.0)
+        second_weight = tl.load(weight + DIM // 2 + half, mask=inside, other=0.0)
     wait_for_inputs(PDL)
     cos = 1.0
     sin = 0.0
-    if ROTATE:
-        angles = cos_sin + tl.load(positions + token) * DIM + half
+    if ROTARY_DIM:
+        angles = cos_sin + tl.load(positions + token) * ROTARY_DIM + half
         cos = tl.load(angles, mask=inside, other=0.0)
-        sin = tl.load(angles + DIM // 2, mask=inside, other=0.0)
+        sin = tl.load(angles + ROTARY_DIM // 2, mask=inside, other=0.0)
     if program < QUERY_PROGRAMS:
         head = (program * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
         there = (head < HEADS) & inside
         heads = query + token * query_token_stride + head * query_head_stride
         first, second = _turned(
-            heads, first_weight, second_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM
+            heads,
+            first_weight,
+            second_weight,
+            eps,
+            cos,
+            sin,
+            there,
+            DIM,
+            ROTARY_DIM,
+            HALF_PAD,
+            NORM,
         )
         tl.store(heads + half, first, mask=there)
-        tl.store(heads + DIM // 2 + half, second, mask=there)
+        tl.store(heads + ROTARY_DIM // 2 + half, second, mask=there)
     else:
         head = ((program - QUERY_PROGRAMS) * AT_ONCE + tl.arange(0, AT_ONCE))[:, None]
         slot = tl.load(slots + token)
@@ -266,12 +283,23 @@ def _rotary_kv_write(
         row = tl.load(values + column, mask=whole, other=0.0)
         tl.store(cached + value_offset + column, row, mask=whole)
         keys = key + token * key_token_stride + head * key_head_stride
-        if ROTATE:
+        if ROTARY_DIM:
             there = (head < KV_HEADS) & inside
             first, second = _turned(
-                keys, first_weight, second_weight, eps, cos, sin, there, DIM, HALF_PAD, NORM
+                keys,
+                first_weight,
+                second_weight,
+                eps,
+                cos,
+                sin,
+                there,
+                DIM,
+                ROTARY_DIM,
+                HALF_PAD,
+                NORM,
             )
             tl.store(cached + half, first, mask=there)
-            tl.store(cached + DIM // 2 + half, second, mask=there)
-        else:
-            tl.store(cached + column, tl.load(keys + column, mask=whole, other=0.0), mask=whole)
+            tl.store(cached + ROTARY_DIM // 2 + half, second, mask=there)
+        if ROTARY_DIM < DIM:
+            rest = whole & (column >= ROTARY_DIM)
+            tl.store(cached + column, tl.load(keys + column, mask=rest, other=0.0), mask=rest)

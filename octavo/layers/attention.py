@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from octavo.config import AttentionConfig
 from octavo.kernels import (
     KV_WRITE,
     PAGED_ATTENTION,
+    PLAIN,
     QK_NORM_ROTARY_KV_WRITE,
     ROTARY_KV_WRITE,
+    AttentionKind,
     Choice,
     Op,
 )
@@ -28,11 +31,12 @@ class KVSpec:
 
     num_kv_heads: int
     head_dim: int
+    num_parts: int = 2  # 1: its keys hold its values
 
     @property
     def num_values_per_token(self) -> int:
         """Numbers stored for each token."""
-        return 2 * self.num_kv_heads * self.head_dim
+        return self.num_parts * self.num_kv_heads * self.head_dim
 
 
 class Attention(Layer):
@@ -56,12 +60,15 @@ class Attention(Layer):
             raise ValueError("there is no kernel for a QK-norm without a rotation after it")
         self.num_heads = build.group.local(config.num_heads, "attention heads")
         self.num_kv_heads = build.group.local(config.num_kv_heads, "key/value heads")
+        kind = AttentionKind(config.window, config.logit_softcap)
         case = build.case(
             {
                 "num_heads": self.num_heads,
                 "num_kv_heads": self.num_kv_heads,
                 "head_dim": config.head_dim,
                 "block_size": build.block_size,
+                **({} if config.rope is None else {"rotary_dim": config.rope.rotary_dim}),
+                **kind.sizes(),
             }
         )
         op: Op[Any] = KV_WRITE
@@ -69,7 +76,9 @@ class Attention(Layer):
             op = ROTARY_KV_WRITE if qk_norm is None else QK_NORM_ROTARY_KV_WRITE
         self._choices = (op.select(case), PAGED_ATTENTION.select(case))
         self._write: Callable[..., None] = self._choices[0].function
-        self._attend = self._choices[1].function
+        self._attend: Callable[..., Tensor] = self._choices[1].function
+        if kind != PLAIN:
+            self._attend = partial(self._attend, kind=kind)
         self._cos_sin = None if rotary is None else rotary.cos_sin
         self._norms: tuple[Any, ...] = ()
         if qk_norm is not None:
@@ -103,4 +112,5 @@ class Attention(Layer):
 
 def kv_specs(model: nn.Module) -> list[KVSpec]:
     """What each attention layer of a model keeps, in the order of the layers."""
-    return [module.spec for module in model.modules() if isinstance(module, Attention)]
+    found = (getattr(module, "spec", None) for module in model.modules())
+    return [spec for spec in found if isinstance(spec, KVSpec)]

@@ -20,6 +20,7 @@ class Build:
     dtype: torch.dtype
     block_size: int = 16  # tokens in a KV block
     batch_invariant: bool = False  # kernels whose bits for a row do not depend on other rows
+    count_expert_tokens: bool = False  # mixtures of experts count whom they send tokens to
     group: ParallelGroup = field(default_factory=ParallelGroup)
     weights: WeightFormat = field(default_factory=DenseFormat)
 

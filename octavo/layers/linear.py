@@ -4,6 +4,7 @@ Knows neither requests nor what its parts mean to a model.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,6 +71,37 @@ class Linear(Layer):
             )
             if self.bias is not None:
                 table[f"{name}.bias"] = Slot((rows,), self._bias_loader(self.bias, part))
+        return table
+
+    def fused_slots(
+        self, name: str, *, groups: int = 1, transposed: bool = False
+    ) -> dict[str, Slot]:
+        """The table of checkpoint tensors where one tensor holds all parts.
+
+        Args:
+            name: the checkpoint's name of the tensor.
+            groups: how often the parts alternate in its rows, with an equal share of each part
+                every time: 1 where they are stacked whole, or the number of heads (GPT-NeoX).
+            transposed: it is stored as [in_features, rows] (GPT-2's Conv1D).
+        """
+        sizes = [rows // groups for rows in self._parts.values()]
+        num_rows, width = sum(self._parts.values()), self._full_in_features
+
+        def load_each(loaders: list[Callable[[Tensor], None]], tensor: Tensor) -> None:
+            pieces = torch.split(tensor.reshape(groups, -1, *tensor.shape[1:]), sizes, 1)
+            for load, piece in zip(loaders, pieces, strict=True):
+                load(piece.flatten(0, 1))
+
+        def load_weight(tensor: Tensor) -> None:
+            rows = tensor.t() if transposed else tensor
+            load_each([self._weight_loader(part) for part in self._parts], rows)
+
+        shape = (width, num_rows) if transposed else (num_rows, width)
+        table = {f"{name}.weight": Slot(shape, load_weight)}
+        bias = self.bias
+        if bias is not None:
+            loaders = [self._bias_loader(bias, part) for part in self._parts]
+            table[f"{name}.bias"] = Slot((num_rows,), partial(load_each, loaders))
         return table
 
     def _weight_loader(self, part: str) -> Callable[[Tensor], None]:

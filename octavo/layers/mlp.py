@@ -1,18 +1,21 @@
-"""The gated feed-forward block (SwiGLU, arXiv 2002.05202)."""
+"""The gated feed-forward block (SwiGLU and GEGLU, arXiv 2002.05202)."""
 
 from typing import Any
 
 from torch import Tensor
 
 from octavo.config import MLPConfig
-from octavo.kernels import GATED_LINEAR, SILU_MUL, Choice
+from octavo.kernels import GATED_LINEAR, GELU_TANH_MUL, SILU_MUL, Choice, Op
 from octavo.layers.build import Build, Layer
 from octavo.layers.linear import Linear
 from octavo.layers.slot import Slot
 
+# By the name that `MLPConfig.activation` has for it.
+GATES: dict[str, Op[Any]] = {"silu": SILU_MUL, "gelu_tanh": GELU_TANH_MUL}
+
 
 class GatedMLP(Layer):
-    """down(silu(gate(x)) * up(x)), with gate and up in one product."""
+    """down(activation(gate(x)) * up(x)), with gate and up in one product."""
 
     def __init__(self, config: MLPConfig, hidden_size: int, build: Build):
         super().__init__()
@@ -24,7 +27,10 @@ class GatedMLP(Layer):
         )
         size = self.gate_up.out_features // 2
         sizes = {"size": size, "in_features": hidden_size, "bias": int(bias)}
-        self._choices = GATED_LINEAR.select(build.case(sizes)), SILU_MUL.select(build.case(sizes))
+        if config.activation != "silu":
+            sizes[config.activation] = 1
+        case = build.case(sizes)
+        self._choices = GATED_LINEAR.select(case), GATES[config.activation].select(case)
         self._gate = self._choices[0].function
         self._activate = self._choices[1].function
 

@@ -1,31 +1,33 @@
 """Llama 2 and 3.x (arXiv 2307.09288, 2407.21783), and what copied its wiring: SmolLM2, TinyLlama.
 
 Only wiring and checkpoint names: layers carry sharding, weight formats, caches and kernels. A model
-that differs in its attention alone names another in the place of `attention_type`.
+that differs in its attention alone names another in the place of `attention_type`, and one whose
+blocks differ in more a `block_type`. Whether a block has experts is its config's to say.
 """
 
 from typing import ClassVar
 
 from torch import Tensor, nn
 
-from octavo.config import ModelConfig, Rope
+from octavo.config import ModelConfig
 from octavo.layers import (
     Attention,
     Build,
-    GatedMLP,
     Linear,
     QKNorm,
-    RMSNorm,
     Rotary,
     Slot,
     StepContext,
-    Vocabulary,
+    feed_forward,
+    residual_norm,
 )
-from octavo.models.base import Model
+from octavo.models.decoder import Decoder
 
 
 class LlamaAttention(nn.Module):
     """Grouped-query self-attention with rotary positions."""
+
+    attend_type: ClassVar[type[Attention]] = Attention
 
     def __init__(
         self,
@@ -46,7 +48,7 @@ class LlamaAttention(nn.Module):
             bias=shape.bias,
             split="rows",
         )
-        self.attend = Attention(shape, layer, build, rotary=rotary, qk_norm=qk_norm)
+        self.attend = self.attend_type(shape, layer, build, rotary=rotary, qk_norm=qk_norm)
         self.output = Linear(
             {"o": config.hidden_size},
             shape.num_query_values,
@@ -71,18 +73,21 @@ class LlamaBlock(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int, build: Build, attention: LlamaAttention):
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
+        self.attention_norm = residual_norm(config, build)
         self.attention = attention
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, build)
-        self.mlp = GatedMLP(config.layers[layer].mlp, config.hidden_size, build)
+        self.mlp_norm = residual_norm(config, build)
+        self.mlp = feed_forward(config.layers[layer].mlp, config.hidden_size, build)
 
     def slots(self, name: str) -> dict[str, Slot]:
         return (
             self.attention_norm.slots(f"{name}.input_layernorm")
             | self.attention.slots(f"{name}.self_attn")
             | self.mlp_norm.slots(f"{name}.post_attention_layernorm")
-            | self.mlp.slots(f"{name}.mlp")
+            | self.mlp_slots(name)
         )
+
+    def mlp_slots(self, name: str) -> dict[str, Slot]:
+        return self.mlp.slots(f"{name}.mlp")
 
     def forward(
         self, x: Tensor, residual: Tensor | None, context: StepContext
@@ -94,27 +99,11 @@ class LlamaBlock(nn.Module):
         return self.mlp(x), residual
 
 
-class Llama(Model):
-    """The decoder: embedding, blocks, norm, head."""
+class Llama(Decoder):
+    """The decoder with these blocks, under Llama's names."""
 
     attention_type: ClassVar[type[LlamaAttention]] = LlamaAttention
-
-    def __init__(self, config: ModelConfig, build: Build, *, max_positions: int):
-        super().__init__()
-        rotary: dict[Rope | None, Rotary] = {
-            rope: Rotary(rope, max_positions, build) for rope in config.ropes
-        }
-        self.vocabulary = Vocabulary(
-            config.vocab_size, config.hidden_size, build, tied=config.tie_word_embeddings
-        )
-        blocks = []
-        for index, layer in enumerate(config.layers):
-            angles = rotary.get(layer.attention.rope)
-            attention = self.attention_type(config, index, build, rotary=angles)
-            blocks.append(LlamaBlock(config, index, build, attention))
-        self.blocks = nn.ModuleList(blocks)  # registers them; the list keeps their type
-        self._blocks: list[LlamaBlock] = blocks
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, build)
+    block_type: ClassVar[type[LlamaBlock]] = LlamaBlock
 
     def slots(self) -> dict[str, Slot]:
         """Checkpoint tensor names and the places that wait for them."""
@@ -122,20 +111,3 @@ class Llama(Model):
         for index, block in enumerate(self._blocks):
             table |= block.slots(f"model.layers.{index}")
         return table | self.norm.slots("model.norm")
-
-    def forward(self, token_ids: Tensor, context: StepContext) -> Tensor:
-        """token_ids [T] -> hidden states of the wanted ones [S, hidden_size]."""
-        x: Tensor = self.vocabulary.embed(token_ids)
-        residual: Tensor | None = None
-        *blocks, last = self._blocks
-        of_all = context.of_all()
-        for block in blocks:
-            x, residual = block(x, residual, of_all)
-        # All that anybody will ask of the other tokens is in the KV cache by then.
-        x, residual = last(x, residual, context)
-        x, _ = self.norm(x, residual)
-        return x
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [S, hidden_size] -> logits [S, vocab_size], in the weights' dtype."""
-        return self.vocabulary.logits(hidden)

@@ -1,4 +1,6 @@
-"""Qwen3's dense models (arXiv 2505.09388): Llama's decoder, with QK-norm in its attention.
+"""Qwen3's models (arXiv 2505.09388): Llama's decoder, with QK-norm in its attention.
+
+Its mixtures of experts differ in their config only.
 
 Only that difference and its checkpoint names: `octavo.models.llama` has the wiring of the rest.
 """
@@ -13,7 +15,8 @@ class Qwen3Attention(LlamaAttention):
 
     def __init__(self, config: ModelConfig, layer: int, build: Build, *, rotary: Rotary):
         head_dim = config.layers[layer].attention.head_dim
-        qk_norm = QKNorm(head_dim, config.norm_eps, build)
+        zero_centered = config.zero_centered_norms
+        qk_norm = QKNorm(head_dim, config.norm_eps, build, zero_centered=zero_centered)
         super().__init__(config, layer, build, rotary=rotary, qk_norm=qk_norm)
         self.qk_norm = qk_norm
 

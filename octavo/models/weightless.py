@@ -11,7 +11,7 @@ from torch import Tensor
 
 from octavo.config import ResolvedConfig
 from octavo.errors import IntegrityError
-from octavo.kernels import LINEAR, Case, Choice
+from octavo.kernels import LINEAR, MOE_EXPERTS, Case, Choice, Op
 from octavo.layers import Build, KernelReport, finish_layers
 from octavo.models import create_model
 
@@ -21,16 +21,22 @@ class _NoWeight:
 
     plain = None
 
-    def __init__(self, case: Case):
-        self._choice = LINEAR.select(case)
+    def __init__(self, op: Op[Any], case: Case):
+        self._choice = op.select(case)
 
     def place(self, rows: slice, tensor: Tensor) -> None:
+        pass
+
+    def place_gate_up(self, expert: int, rows: slice, tensor: Tensor) -> None:
+        pass
+
+    def place_down(self, expert: int, tensor: Tensor) -> None:
         pass
 
     def finish(self) -> Choice[Any]:
         return self._choice
 
-    def apply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+    def apply(self, x: Tensor, *more: Tensor | None) -> Tensor:
         raise IntegrityError("a model without weights was asked to compute")
 
     def gather_rows(self, ids: Tensor) -> Tensor:
@@ -48,7 +54,12 @@ class NoWeights:
     def create(self, case: Case) -> _NoWeight:
         """As WeightFormat."""
         self.cases.append(case)
-        return _NoWeight(case)
+        return _NoWeight(LINEAR, case)
+
+    def create_experts(self, case: Case) -> _NoWeight:
+        """As WeightFormat."""
+        self.cases.append(case)
+        return _NoWeight(MOE_EXPERTS, case)
 
 
 def kernel_reports(config: ResolvedConfig) -> tuple[KernelReport, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from octavo.errors import IntegrityError
-from octavo.kernels import LINEAR, Case, Choice, PreparedWeight
+from octavo.kernels import LINEAR, MOE_EXPERTS, Case, Choice, PreparedWeight
 
 
 class StoredWeight(Protocol):
@@ -38,6 +38,26 @@ class StoredWeight(Protocol):
         ...
 
 
+class StoredExperts(Protocol):
+    """The weights of a mixture's experts, E times [2I, H] and [H, I], in some format."""
+
+    def place_gate_up(self, expert: int, rows: slice, tensor: Tensor) -> None:
+        """Store plain checkpoint values [len(rows), H] as these rows of gate and up, stacked."""
+        ...
+
+    def place_down(self, expert: int, tensor: Tensor) -> None:
+        """Store plain checkpoint values [H, I]."""
+        ...
+
+    def finish(self) -> Choice[Any]:
+        """As StoredWeight."""
+        ...
+
+    def apply(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        """As `octavo.kernels.MOE_EXPERTS`. After `finish` only."""
+        ...
+
+
 class WeightFormat(Protocol):
     """Makes the storage of weights."""
 
@@ -45,6 +65,10 @@ class WeightFormat(Protocol):
 
     def create(self, case: Case) -> StoredWeight:
         """Storage for a weight of `case.sizes`' out_features rows of in_features numbers."""
+        ...
+
+    def create_experts(self, case: Case) -> StoredExperts:
+        """Storage for `case.sizes`' num_experts, of in_features (H) and size (I) numbers."""
         ...
 
 
@@ -81,6 +105,43 @@ class DenseWeight:
         return self._kernel.gather_rows(self._prepared, ids)
 
 
+class DenseExperts:
+    """Every value as it is, in the model's dtype."""
+
+    def __init__(self, case: Case):
+        self._choice = MOE_EXPERTS.select(case)
+        self._kernel = self._choice.function
+        sizes = case.sizes
+        num_experts, width, size = sizes["num_experts"], sizes["in_features"], sizes["size"]
+        like = torch.empty(0, dtype=case.dtype, device=case.device)
+        self._loading: tuple[Tensor, Tensor] | None = (
+            like.new_empty(num_experts, 2 * size, width),
+            like.new_empty(num_experts, width, size),
+        )
+        self._prepared: Any = None
+
+    def place_gate_up(self, expert: int, rows: slice, tensor: Tensor) -> None:
+        self._tensors()[0][expert, rows].copy_(tensor)
+
+    def place_down(self, expert: int, tensor: Tensor) -> None:
+        self._tensors()[1][expert].copy_(tensor)
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        if self._loading is None:
+            raise IntegrityError("an expert's weight was placed after its layer was finished")
+        return self._loading
+
+    def finish(self) -> Choice[Any]:
+        if self._loading is not None:
+            self._prepared = self._kernel.prepare(*self._loading)
+            self._loading = None
+        return self._choice
+
+    def apply(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        made: Tensor = self._kernel.apply(x, self._prepared, weights, experts)
+        return made
+
+
 class DenseFormat:
     """Weights in the model's dtype, multiplied as they are."""
 
@@ -89,3 +150,7 @@ class DenseFormat:
     def create(self, case: Case) -> DenseWeight:
         """As WeightFormat."""
         return DenseWeight(case)
+
+    def create_experts(self, case: Case) -> DenseExperts:
+        """As WeightFormat."""
+        return DenseExperts(case)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from octavo.text.pairs import TokenPair
+
 BOS = 256
 EOS = 257
 _SPECIAL = {BOS: b"<|bos|>", EOS: b"<|eos|>"}
@@ -25,18 +27,27 @@ class ByteTokenizer:
         ids = list(text.encode())
         return [BOS, *ids] if add_special_tokens else ids
 
+    def encode_pair(self, first: str, second: str) -> TokenPair:
+        """The bytes of both texts, an end-of-sequence behind each; the second has a type of 1."""
+        ids = [[*text.encode(), EOS] for text in (first, second)]
+        owners = [[*([i] * (len(own) - 1)), None] for i, own in enumerate(ids)]
+        types = [[i] * len(own) for i, own in enumerate(ids)]
+        return TokenPair(ids[0] + ids[1], types[0] + types[1], owners[0] + owners[1])
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The ids of `apply_chat_template`, after a begin-of-sequence."""
         text = self.apply_chat_template(
             messages,
             add_generation_prompt=add_generation_prompt,
             template_arguments=template_arguments,
+            continue_final_message=continue_final_message,
         )
         return self.encode(text)
 
@@ -46,9 +57,12 @@ class ByteTokenizer:
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         """One line a message, "role: content". The template knows no arguments."""
         text = "".join(f"{message['role']}: {message['content']}\n" for message in messages)
+        if continue_final_message:
+            return text.removesuffix("\n")
         return text + ("assistant: " if add_generation_prompt else "")
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:

@@ -25,6 +25,9 @@ MAX_SOURCE_CHARS = 2**17  # the longest real ones have 30,000
 # vocabulary may make every character one.
 MAX_RENDERED_CHARS = 2**22
 MAX_DATE_CHARS = 1000
+# Put behind the text that is to be continued: a Unicode noncharacter, which nobody writes, and a
+# space, by which it shows whether the template trims texts.
+_END_OF_TEXT = "\ufdd2 "
 
 
 class ChatTemplate:
@@ -53,12 +56,28 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool,
         template_arguments: Mapping[str, Any],
+        continue_final_message: bool = False,
     ) -> str:
         """The text of a conversation. Arguments are plain JSON-like data.
+
+        continue_final_message: all that the template writes behind the last message's text is left
+            out, as by transformers' argument of that name.
 
         Raises:
             RequestError: the template refuses these messages or fails on them.
         """
+        if continue_final_message:
+            messages = [*messages[:-1], _with_its_end_marked(messages[-1])]
+            rendered = self._run(messages, False, template_arguments)
+            return _cut_at_the_mark(rendered)
+        return self._run(messages, add_generation_prompt, template_arguments)
+
+    def _run(
+        self,
+        messages: Sequence[Any],
+        add_generation_prompt: bool,
+        template_arguments: Mapping[str, Any],
+    ) -> str:
         # Templates ask whether `tools` and `documents` are none, so they must be defined.
         variables = {"tools": None, "documents": None} | dict(template_arguments)
         own = self._special_tokens | {
@@ -97,6 +116,27 @@ class ChatTemplate:
                 param="messages",
             ) from error
         return "".join(pieces)
+
+
+def _with_its_end_marked(message: Any) -> dict[str, Any]:
+    content = message.get("content") if isinstance(message, dict) else None
+    if not isinstance(content, str) or not content.strip():
+        raise RequestError(
+            "continue_final_message needs a last message with a text", param="messages"
+        )
+    return {**message, "content": content + _END_OF_TEXT}
+
+
+def _cut_at_the_mark(rendered: str) -> str:
+    mark = _END_OF_TEXT.strip()
+    text, found, _ = rendered.rpartition(mark)
+    if not found:
+        raise RequestError(
+            "the model's chat template leaves the last message out, so it cannot be continued",
+            param="messages",
+        )
+    is_trimmed = not rendered[len(text) :].startswith(_END_OF_TEXT)
+    return text.rstrip() if is_trimmed else text
 
 
 class _Refusal(jinja2.TemplateError):

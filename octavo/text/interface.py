@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+from octavo.text.pairs import TokenPair
+
 
 class Tokenizer(Protocol):
     """Text to token ids and back, for one model. Safe to use from several threads.
@@ -36,14 +38,26 @@ class Tokenizer(Protocol):
         """The ids of a text, with the model's begin (and end) tokens where it wants them."""
         ...
 
+    def encode_pair(self, first: str, second: str) -> TokenPair:
+        """The ids of two texts as one prompt, with what the model wants around and between them.
+
+        Raises:
+            RequestError: the tokenizer fails on a text.
+        """
+        ...
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The ids of a conversation, as the model's chat template writes it.
+
+        continue_final_message: nothing follows the last message's text, so that it can be gone on
+            with; there can be no generation prompt then.
 
         Raises:
             RequestError: the model has no chat template, or it cannot write these messages.
@@ -56,6 +70,7 @@ class Tokenizer(Protocol):
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         """The text that `encode_chat` encodes, for people to look at."""
         ...

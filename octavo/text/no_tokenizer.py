@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from octavo.errors import RequestError
+from octavo.text.pairs import TokenPair
 
 
 class NoTokenizer:
@@ -22,12 +23,16 @@ class NoTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         _refuse("a prompt must be given as token ids", "prompt")
 
+    def encode_pair(self, first: str, second: str) -> TokenPair:
+        _refuse("a pair of texts must be texts that can be encoded", "prompt")
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         _refuse("use completions with a prompt of token ids", "messages")
 
@@ -37,6 +42,7 @@ class NoTokenizer:
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         _refuse("no chat template was loaded", "messages")
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import tokenizers
 
 from octavo.errors import IntegrityError, RequestError
+from octavo.text.pairs import TokenPair
 from octavo.text.tokenizer_file import is_failure
 
 BREAK = "\ufdd0"
@@ -48,6 +49,15 @@ class SpecialTokens:
         if self._spelled.search(text):
             tokenizer, text = self._marked_tokenizer(), _without_noncharacters(text)
         return _encode(tokenizer, text, add_special_tokens, param="prompt")
+
+    def encode_pair(self, first: str, second: str) -> TokenPair:
+        """Encode two texts, in which no special token is meant, into one prompt."""
+        tokenizer = self._tokenizer
+        if self._spelled.search(first) or self._spelled.search(second):
+            tokenizer = self._marked_tokenizer()
+            first, second = _without_noncharacters(first), _without_noncharacters(second)
+        encoding = _encoding(tokenizer, first, second, param="prompt")
+        return TokenPair(encoding.ids, encoding.type_ids, encoding.sequence_ids)
 
     def encode_rendered(self, rendered: str) -> list[int]:
         """Encode what a chat template wrote about messages that went through `shield`."""
@@ -103,14 +113,26 @@ class SpecialTokens:
 def _encode(
     tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool, *, param: str
 ) -> list[int]:
+    encoding = _encoding(tokenizer, text, add_special_tokens=add_special_tokens, param=param)
+    return list(encoding.ids)
+
+
+def _encoding(
+    tokenizer: tokenizers.Tokenizer,
+    text: str,
+    second: str | None = None,
+    *,
+    add_special_tokens: bool = True,
+    param: str,
+) -> tokenizers.Encoding:
     try:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        encoding = tokenizer.encode(text, second, add_special_tokens=add_special_tokens)
     except BaseException as error:
         if not is_failure(error):
             raise
         # Such as a regular expression that gives up. Its words may quote the text: not shown.
         raise RequestError("the model's tokenizer fails on this text", param=param) from error
-    return ids
+    return encoding
 
 
 def _start_pattern(name: str) -> str:
@@ -138,8 +160,10 @@ def _with_marked_names(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
         if token["special"]:
             name = token["content"]
             renamed[name] = token["content"] = MARK + name
-            if name in vocabulary:
+            if isinstance(vocabulary, dict) and name in vocabulary:
                 vocabulary[MARK + name] = vocabulary.pop(name)
+    if isinstance(vocabulary, list):  # of Unigram: tokens with their scores, in the order of ids
+        spec["model"]["vocab"] = [[renamed.get(name, name), score] for name, score in vocabulary]
     unknown = spec["model"].get("unk_token")
     spec["model"]["unk_token"] = renamed.get(unknown, unknown)
     marked = tokenizers.Tokenizer.from_str(json.dumps(spec))

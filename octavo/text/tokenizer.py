@@ -17,6 +17,7 @@ from octavo.text.chat_template import ChatTemplate
 from octavo.text.detokenizer import IncrementalDetokenizer
 from octavo.text.gguf_vocabulary import SPACE, tokenizer_from_gguf
 from octavo.text.interface import Tokenizer
+from octavo.text.pairs import TokenPair
 from octavo.text.special_tokens import BREAK, SpecialTokens
 from octavo.text.tokenizer_file import read_tokenizer_file
 
@@ -46,7 +47,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     else:
         library = read_tokenizer_file(checkpoint.tokenizer_file())
     names = _special_names(checkpoint)
-    tokenizer = BpeTokenizer(
+    tokenizer = LibraryTokenizer(
         library,
         source=str(checkpoint.path),
         template=_chat_template(checkpoint, names),
@@ -60,8 +61,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     return tokenizer
 
 
-class BpeTokenizer:
-    """A BPE tokenizer, byte-level or SentencePiece-like. See `Tokenizer` for what methods do."""
+class LibraryTokenizer:
+    """A tokenizer of the library. See `Tokenizer` for what methods do.
+
+    It is BPE (byte-level or SentencePiece-like), Unigram or WordPiece (arXiv 1609.08144, 4.1).
+    """
 
     def __init__(
         self,
@@ -72,9 +76,14 @@ class BpeTokenizer:
         bos_token_id: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
     ):
-        if not isinstance(library.model, models.BPE):
+        if not isinstance(library.model, models.BPE | models.Unigram | models.WordPiece):
             kind = type(library.model).__name__
-            raise UnsupportedModelError(f"{source}: {kind} tokenizers are not supported, only BPE")
+            raise UnsupportedModelError(
+                f"{source}: {kind} tokenizers are not supported, only BPE, Unigram and WordPiece"
+            )
+        self._continues = None  # what tokens begin with that go on with a word, of WordPiece
+        if isinstance(library.model, models.WordPiece):
+            self._continues = library.model.continuing_subword_prefix
         self._library = library
         self._template = template
         self._special = SpecialTokens(library)
@@ -88,15 +97,21 @@ class BpeTokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return self._special.encode_plain(text, add_special_tokens=add_special_tokens)
 
+    def encode_pair(self, first: str, second: str) -> TokenPair:
+        return self._special.encode_pair(first, second)
+
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> list[int]:
         return self._special.encode_rendered(
-            self._render(messages, add_generation_prompt, template_arguments)
+            self._render(
+                messages, add_generation_prompt, template_arguments, continue_final_message
+            )
         )
 
     def apply_chat_template(
@@ -105,8 +120,11 @@ class BpeTokenizer:
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
-        rendered = self._render(messages, add_generation_prompt, template_arguments)
+        rendered = self._render(
+            messages, add_generation_prompt, template_arguments, continue_final_message
+        )
         return rendered.replace(BREAK, "")
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -128,6 +146,9 @@ class BpeTokenizer:
                 return bytes([BYTE_OF_CHAR[char] for char in token])
             except KeyError:  # an added token, which is written as it is
                 return token.encode()
+        if self._continues is not None:
+            goes_on = token.startswith(self._continues) or token_id in self.special_token_ids
+            return (token.removeprefix(self._continues) if goes_on else f" {token}").encode()
         byte = BYTE_TOKEN.fullmatch(token)
         return bytes([int(byte[1], 16)]) if byte else token.replace(SPACE, " ").encode()
 
@@ -136,6 +157,7 @@ class BpeTokenizer:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         template_arguments: Mapping[str, Any] | None,
+        continue_final_message: bool,
     ) -> str:
         if self._template is None:
             raise RequestError(
@@ -150,6 +172,7 @@ class BpeTokenizer:
             shielded,
             add_generation_prompt=add_generation_prompt,
             template_arguments=arguments,  # type: ignore[arg-type]
+            continue_final_message=continue_final_message,
         )
 
 
@@ -174,10 +197,15 @@ def _decoding(library: tokenizers.Tokenizer, source: str) -> tuple[bool, bool]:
         if decoder.decode(["Ġa", "ĠbĊ"]) == " a b\n":
             return True, False
         text = decoder.decode(["▁a", "▁b", "<0xC3>", "<0xA9>"])
-        if text in ("a bé", " a bé"):
+        has_no_bytes = isinstance(library.model, models.Unigram) and text == "a b<0xC3><0xA9>"
+        if text in ("a bé", " a bé") or has_no_bytes:
             return False, text[0] != " "
+        is_word_piece = isinstance(library.model, models.WordPiece)
+        if is_word_piece and decoder.decode(["a", "##b", "c"]) == "ab c":
+            return False, True
     raise UnsupportedModelError(
-        f"{source}: the tokenizer's decoder is not supported; byte-level and SentencePiece BPE are"
+        f"{source}: the tokenizer's decoder is not supported; byte-level, SentencePiece's and "
+        "WordPiece's are"
     )
 
 

@@ -71,8 +71,46 @@ def _q4_1(blocks: Tensor) -> Tensor:
     return _nibbles(blocks[:, 4:]).mul_(_half(blocks, 0)).add_(_half(blocks, 2))
 
 
+def _q5_0(blocks: Tensor) -> Tensor:
+    fifth_bits = _bits(blocks[:, 2:6], 8, 1).transpose(1, 2).flatten(1)
+    return _nibbles(blocks[:, 6:]).add_(fifth_bits, alpha=16).sub_(16).mul_(_half(blocks, 0))
+
+
 def _q8_0(blocks: Tensor) -> Tensor:
     return blocks[:, 2:].view(torch.int8).float().mul_(_half(blocks, 0))
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    return _scaled_by_parts(blocks, _bits(blocks[:, 16:].view(-1, 4, 32), 2, 4).view(-1, 8, 32))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    numbers = _bits(blocks[:, 48:].view(-1, 4, 32), 2, 4).view(-1, 8, 32)
+    return _scaled_by_parts(blocks, numbers.add_(_bits(blocks[:, 16:48], 8, 1), alpha=16))
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    low = _bits(blocks[:, :128].view(-1, 2, 64), 2, 4)  # [n, 2, 2, 64]: halves, nibbles
+    high = _bits(blocks[:, 128:192].view(-1, 2, 32), 4, 2)  # [n, 2, 4, 32]
+    numbers = low.view(-1, 2, 4, 32).add_(high, alpha=16).sub_(32).view(-1, 16, 16)
+    scales = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks, 208))
+    return numbers.mul_(scales[:, :, None]).flatten(1)
+
+
+def _scaled_by_parts(blocks: Tensor, numbers: Tensor) -> Tensor:
+    """numbers [n, 8, 32], each part with a scale and a minimum of 6 bits -> [n, 256]."""
+    first, second, both = blocks[:, 4:16].view(-1, 3, 4).unbind(1)  # four parts each
+    scales = torch.cat((first & 63, (both & 15) | (first >> 6 << 4)), 1).float()
+    minima = torch.cat((second & 63, (both >> 4) | (second >> 6 << 4)), 1).float()
+    scales.mul_(_half(blocks, 0))
+    minima.mul_(_half(blocks, 2))
+    return numbers.mul_(scales[:, :, None]).sub_(minima[:, :, None]).flatten(1)
+
+
+def _bits(packed: Tensor, count: int, width: int) -> Tensor:
+    """packed [n, ..., b] -> [n, ..., count, b] float32: numbers of `width` bits, lowest first."""
+    shifts = torch.arange(0, count * width, width, dtype=torch.uint8)
+    return ((packed[..., None, :] >> shifts[:, None]) & ((1 << width) - 1)).float()
 
 
 def _half(blocks: Tensor, offset: int) -> Tensor:
@@ -102,5 +140,9 @@ FLOATS = {
 UNPACK: dict[GGMLQuantizationType, Unpack] = {
     GGMLQuantizationType.Q4_0: _q4_0,
     GGMLQuantizationType.Q4_1: _q4_1,
+    GGMLQuantizationType.Q5_0: _q5_0,
     GGMLQuantizationType.Q8_0: _q8_0,
+    GGMLQuantizationType.Q4_K: _q4_k,
+    GGMLQuantizationType.Q5_K: _q5_k,
+    GGMLQuantizationType.Q6_K: _q6_k,
 }

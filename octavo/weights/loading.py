@@ -5,8 +5,9 @@ what a slot does with its tensor (the layers do).
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,17 @@ from octavo.layers import Slot
 
 MAX_NAMES_IN_MESSAGE = 6
 MAX_NAME_CHARS = 80
+# The ends of names of what old checkpoints store although it follows from the config: rotary
+# frequencies; the causal masks of GPT-2 and GPT-NeoX, and the numbers that stand where they hide;
+# BERT's positions, which are counted.
+CONSTANTS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    "embeddings.position_ids",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +42,33 @@ class TensorStream:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return self.read()
 
+    def renamed(self, name_of: Callable[[str], str | None]) -> "TensorStream":
+        """The same tensors under other names; those whose name is None are left out.
+
+        Raises:
+            CheckpointError: two of them get one name.
+        """
+        known = {name: new for name in self.shapes if (new := name_of(name)) is not None}
+        shapes = {new: self.shapes[name] for name, new in known.items()}
+        if len(shapes) != len(known):
+            twice = Counter(known.values()).most_common(1)[0][0]
+            raise CheckpointError(
+                f"{self.source}: tensor {twice!r} occurs twice, with and without a prefix"
+            )
+        read = self.read
+        return replace(
+            self,
+            shapes=shapes,
+            read=lambda: ((known[name], tensor) for name, tensor in read() if name in known),
+        )
+
 
 def load_weights(table: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Hand every tensor to its slot, once.
 
     A `TensorStream` is checked as a whole before the first tensor is read. Ignored are rotary
-    frequencies, which old checkpoints store, and an `lm_head.weight` that has no slot because the
-    model uses its embedding in its place.
+    frequencies and causal masks, which old checkpoints store, and an `lm_head.weight` that has no
+    slot because the model uses its embedding in its place.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of the wrong shape or not finite.
@@ -50,7 +82,7 @@ def load_weights(table: Mapping[str, Slot], tensors: Iterable[tuple[str, Tensor]
         if name in loaded:
             raise CheckpointError(f"{source}: tensor {name!r} occurs twice")
         loaded[name] = None
-        if name not in table and _is_ignorable(name):
+        if name not in table and is_ignorable(name):
             continue
         if name not in table:
             raise CheckpointError(f"{source}: unexpected tensor {name!r}")
@@ -76,7 +108,7 @@ def check_shapes(expected: Mapping[str, tuple[int, ...]], tensors: TensorStream)
 def _check_names(table: Collection[str], names: Iterable[str], source: str) -> None:
     names = set(names)
     missing = [name for name in table if name not in names]
-    unexpected = sorted(name for name in names if name not in table and not _is_ignorable(name))
+    unexpected = sorted(name for name in names if name not in table and not is_ignorable(name))
     complaints = [
         f"{what} {_enumerated(found)}"
         for what, found in (("missing", missing), ("unexpected", unexpected))
@@ -96,8 +128,9 @@ def _check_shape(
         )
 
 
-def _is_ignorable(name: str) -> bool:
-    return name == "lm_head.weight" or name.endswith(".rotary_emb.inv_freq")
+def is_ignorable(name: str) -> bool:
+    """Whether a checkpoint may have a tensor of that name that no model waits for."""
+    return name == "lm_head.weight" or name.endswith(CONSTANTS)
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -29,6 +29,7 @@ def read_tensors(
     # The model itself says what it waits for. On this device a tensor is its shape alone, and the
     # whole takes half a millisecond a layer.
     model = create_model(config, Build("meta", dtype), max_positions=1)
+    tensors = tensors.renamed(model.slot_name)
     check_shapes({name: slot.shape for name, slot in model.slots().items()}, tensors)
     return tensors
 

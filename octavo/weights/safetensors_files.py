@@ -18,14 +18,11 @@ from torch import Tensor
 
 from octavo.config import Checkpoint, excerpt
 from octavo.config.checkpoint import PICKLES, pickle_refusal
+from octavo.config.stored_tensors import DTYPES, INDEX, MAX_HEADER_BYTES, SINGLE
 from octavo.errors import CheckpointError, UnsupportedModelError
-from octavo.weights.loading import TensorStream
+from octavo.weights.loading import TensorStream, is_ignorable
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 MAX_NAME_CHARS = 128
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
-DTYPES = ("BF16", "F16", "F32", "F64")
 SUB_BYTE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2")
 BYTES_OF = {
     dtype: num_bytes
@@ -113,7 +110,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
                 if len(name) > MAX_NAME_CHARS:
                     raise CheckpointError(f"{path}: a tensor's name has {len(name)} characters")
                 view = file.get_slice(name)
-                if view.get_dtype() not in DTYPES:
+                if view.get_dtype() not in DTYPES and not is_ignorable(name):
                     raise UnsupportedModelError(
                         f"{path}: tensor {name!r} has the type {view.get_dtype()}; "
                         f"supported: {', '.join(DTYPES)}"

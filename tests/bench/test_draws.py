@@ -35,11 +35,13 @@ def test_offline_work_is_drawn_as_for_the_peers():
         w.name: digest([[work.prompts, work.num_output_tokens] for work in w.works])
         for w in workloads
     }
-    assert found == PEERS_DIGESTS
+    assert list(found) == [*PEERS_DIGESTS, "decode bs64"]  # ours comes last, and moves no draw
+    assert {name: found[name] for name in PEERS_DIGESTS} == PEERS_DIGESTS
     assert {w.name: w.num_decoded for w in workloads if w.num_decoded} == {
         "decode bs1": 512,
         "decode bs32": 256,
         "decode bs128": 256,
+        "decode bs64": 256,
     }
     greedy = {w.name for w in workloads if w.works[0].temperature == 0}
     assert greedy == {"decode bs1"}

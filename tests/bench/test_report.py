@@ -148,7 +148,7 @@ def test_only_takes_names_or_their_first_words(gpu):
         return {goal.workload for goal in goals if gpu.is_wanted(goal, only)}
 
     assert names("decode bs1") == {"decode bs1"}
-    assert names("decode") == {"decode bs1", "decode bs32", "decode bs128"}
+    assert names("decode") == {"decode bs1", "decode bs32", "decode bs64", "decode bs128"}
     assert len(names("serve")) == 5
     assert names("offline256", "startup cold") == {
         "offline256",

@@ -21,10 +21,16 @@ from octavo.config.planned_devices import (
     device_budget,
     planned_device,
 )
-from octavo.config.planned_steps import COMPILED_OPS, expected_ops
+from octavo.config.planned_steps import COMPILED_OPS, expected_ops, num_scored_at_once
 from octavo.errors import ConfigError
 from octavo.kernels import (
+    GELU_TANH_MUL,
+    KV_WRITE,
+    LATENT_ATTENTION,
+    LAYER_NORM,
     LINEAR,
+    MOE_EXPERTS,
+    MOE_ROUTE,
     PAGED_ATTENTION,
     QK_NORM_ROTARY_KV_WRITE,
     RMS_NORM,
@@ -186,6 +192,22 @@ def test_a_model_is_expected_to_run_its_own_ops_only(device):
     assert "rotary_kv_write" in expected_ops(llama)
 
 
+@pytest.mark.parametrize("device", ["cpu-64gib", "h100-80gb"])
+def test_gpt2_has_none_of_llamas_small_ops(device):
+    gpt2 = {"architectures": ["GPT2LMHeadModel"], "vocab_size": 50257, "n_positions": 1024}
+    gpt2 |= {"n_embd": 768, "n_layer": 12, "n_head": 12}
+    config, _, _ = resolved(gpt2, device)
+    llama, _, _ = resolved(HF_CONFIG, device)
+    norms = {"layer_norm"} if device == "h100-80gb" else set()
+    others = {"rms_norm", "silu_mul", "rotary_kv_write", "kv_write"}
+    assert expected_ops(config) ^ expected_ops(llama) == others | norms
+    assert expected_ops(config) >= {"kv_write"} | norms
+    plan = plan_of(gpt2, device)
+    assert plan.num_parameters == 124_439_808  # as OpenAI published it, "124M"
+    assert bytes_by_kind(plan)["learned positions"] == 1024 * 768 * 4
+    assert {moment.name for moment in plan.moments} >= {"attention", "MLP", "draw"}
+
+
 def test_the_kv_cache_of_a_gpu_is_what_is_left_of_its_share():
     plan = plan_of(LLAMA_8B, "h100-80gb", gpu_memory_utilization=0.5)
     others = CUDA_CONTEXT_BYTES + LOADED_KERNELS_BYTES
@@ -220,6 +242,20 @@ def test_a_step_has_no_more_tokens_than_its_sequences_may_have():
     assert stream.shape == (3 * 128, 32)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 512}], ids=str)
+def test_prompts_are_scored_in_what_the_peak_of_a_step_leaves(options):
+    config, _, _ = resolved(QWEN3_0_6B, "h100-80gb", **options)
+    count = num_scored_at_once(config)
+    # bf16 logits, fp32 logits and log-softmax, and a comparison, beside all hidden states.
+    each = 151936 * (2 + 4 + 4 + 1)
+    hidden = config.max_num_batched_tokens * 1024 * 2
+    peak = plan_of(QWEN3_0_6B, "h100-80gb", **options).peak.num_bytes
+    assert count > 1
+    assert peak - each < hidden + count * each <= peak
+    tiny, _, _ = resolved(HF_CONFIG, max_num_batched_tokens=16, max_num_seqs=4)
+    assert num_scored_at_once(tiny) == 16  # never more than there are
+
+
 def test_references_hold_more_than_compiled_ops():
     compiled = plan_of(HF_CONFIG)
     references = plan_of(HF_CONFIG, compiled=frozenset())
@@ -235,8 +271,17 @@ def test_references_hold_more_than_compiled_ops():
 
 
 def test_the_table_of_compiled_ops_is_what_the_kernels_register():
-    in_layers = (LINEAR, PAGED_ATTENTION, RMS_NORM, ROTARY_KV_WRITE, QK_NORM_ROTARY_KV_WRITE)
-    ops = (*in_layers, SILU_MUL, SAMPLE_TOKENS)
+    writes = (KV_WRITE, ROTARY_KV_WRITE, QK_NORM_ROTARY_KV_WRITE)
+    in_layers = (LINEAR, PAGED_ATTENTION, RMS_NORM, LAYER_NORM, *writes)
+    ops = (
+        *in_layers,
+        SILU_MUL,
+        GELU_TANH_MUL,
+        MOE_ROUTE,
+        MOE_EXPERTS,
+        LATENT_ATTENTION,
+        SAMPLE_TOKENS,
+    )
     for device, implementation in (("cpu", "native"), ("cuda", "triton")):
         registered = {op.name for op in ops if implementation in op.names()}
         assert COMPILED_OPS[device] == registered

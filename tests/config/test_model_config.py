@@ -11,6 +11,7 @@ from octavo.config import (
     ModelConfig,
     Rope,
     RopeScaling,
+    architectures,
     locate,
     model_config_from_hf,
     read_model_config,
@@ -186,17 +187,16 @@ def test_windows_of_qwen3_count_only_where_they_are_switched_on():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.*supported: LlamaFor"),
+        ({"architectures": ["JambaForCausalLM"]}, "JambaForCausalLM.*supported: LlamaFor"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
-        ({"architectures": None, "model_type": "gemma2"}, "gemma2"),
+        ({"architectures": None, "model_type": "jamba"}, "jamba"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'.*only 'silu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.*gptq"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2}}, "'yarn'.*supported: default, linear"),
+        ({"rope_scaling": {"type": "ntk", "factor": 2}}, "'ntk'.*supported: default, linear"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "'dynamic'"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_scaling": {"rope_type": ["x"]}}, "rope_type"),
         ({"torch_dtype": "float8_e4m3fn"}, "float8.*supported: bfloat16"),
         ({"hidden_act": "x" * 10_000}, r"xxx\.\.\."),
@@ -205,7 +205,9 @@ def test_windows_of_qwen3_count_only_where_they_are_switched_on():
 def test_unsupported_values_are_named(changes, message):
     with pytest.raises(UnsupportedModelError, match=message) as caught:
         read(**changes)
-    assert len(str(caught.value)) < 300
+    # What a checkpoint says is cut; the list of architectures is as long as it is.
+    all_names = ", ".join(one.hf_name for one in architectures().values())
+    assert len(str(caught.value).replace(all_names, "")) < 300
 
 
 def test_remote_code_is_never_a_way_in():
@@ -224,7 +226,7 @@ def test_remote_code_is_never_a_way_in():
         ({"num_hidden_layers": 2.0}, "num_hidden_layers=2.0"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers='2'"),
         ({"head_dim": 0}, "head_dim=0"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"head_dim": 7}, "head_dim=7 cannot be rotated"),
         ({"hidden_size": 33}, "no multiple"),
         ({"hidden_size": -1}, "hidden_size=-1"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple"),
@@ -265,8 +267,8 @@ def test_gguf_config_reads_as_the_same_model(tmp_path):
 
 
 def test_gguf_of_another_architecture_is_refused_by_name(tmp_path):
-    path = write_gguf(tmp_path / "tiny.gguf", {}, {}, architecture="gemma2")
-    with pytest.raises(UnsupportedModelError, match="gemma2"):
+    path = write_gguf(tmp_path / "tiny.gguf", {}, {}, architecture="jamba")
+    with pytest.raises(UnsupportedModelError, match="jamba"):
         read_model_config(locate(str(path)))
 
 

@@ -1,4 +1,4 @@
-"""rms_norm, silu_mul, kv_write and rotary_kv_write: compiled against reference."""
+"""Norms, gates, kv_write and rotary_kv_write: compiled against reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from octavo.kernels import (
+    ACTIVATIONS,
+    GELU_TANH_MUL,
     KV_WRITE,
+    LAYER_NORM,
     QK_NORM_ROTARY_KV_WRITE,
     RMS_NORM,
     ROTARY_KV_WRITE,
@@ -55,6 +58,30 @@ def test_rms_norm_rounds_before_the_weight_as_transformers_does():
     assert torch.equal(RMS_NORM.reference(x, weight, 1e-5)[0], weight * unit.bfloat16())
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm_with_a_wide_weight_equals_its_reference(isa, shape, with_residual):
+    x, weight = torch.randn(shape).bfloat16(), torch.randn(shape[1])
+    residual = torch.randn(shape).bfloat16() if with_residual else None
+    expected = RMS_NORM.reference(x, weight, 1e-5, residual)
+    ours = chosen(RMS_NORM, torch.bfloat16)(x, weight, 1e-5, residual)
+    close(ours[0], expected[0])
+    # Rounded once: nothing but the last bit of a few may differ, for the order of the sum.
+    assert (ours[0] != expected[0]).sum() <= 0.01 * x.numel()
+    assert torch.equal(ours[1], expected[1])
+
+
+def test_rms_norm_with_a_wide_weight_rounds_after_it_as_transformers_does():
+    modeling = pytest.importorskip("transformers.models.gemma2.modeling_gemma2")
+    norm = modeling.Gemma2RMSNorm(576, eps=1e-6).bfloat16()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 576).bfloat16()
+    ours, _ = RMS_NORM.reference(x, 1 + norm.weight.detach().float(), 1e-6)
+    assert torch.equal(ours, norm(x))
+    rounded, _ = RMS_NORM.reference(x, (1 + norm.weight.detach().float()).bfloat16(), 1e-6)
+    assert not torch.equal(rounded, norm(x))
+
+
 def test_rms_norm_refuses_what_it_would_misread(isa):
     norm = chosen(RMS_NORM, torch.float32)
     x, weight = torch.randn(4, 8), torch.randn(8)
@@ -82,9 +109,22 @@ def test_silu_mul_saturates_without_nan(isa, dtype):
     close(ours, torch.nn.functional.silu(gate))
 
 
-def test_silu_mul_refuses_an_odd_width(isa):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_tanh_mul_equals_its_reference(isa, dtype, shape):
+    x = 3 * torch.randn(shape[0], 2 * shape[1], dtype=dtype)
+    close(chosen(GELU_TANH_MUL, dtype)(x), GELU_TANH_MUL.reference(x.float()).to(dtype))
+
+
+def test_gelu_tanh_mul_saturates_without_nan(isa, dtype):
+    gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]], dtype=dtype)
+    ours = chosen(GELU_TANH_MUL, dtype)(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    close(ours, torch.nn.functional.gelu(gate, approximate="tanh"))
+
+
+@pytest.mark.parametrize("op", [SILU_MUL, GELU_TANH_MUL], ids=["silu", "gelu"])
+def test_gates_refuse_an_odd_width(isa, op):
     with pytest.raises(ValueError, match="2I"):
-        chosen(SILU_MUL, torch.float32)(torch.randn(2, 7))
+        chosen(op, torch.float32)(torch.randn(2, 7))
 
 
 def fused_qkv(tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype):
@@ -116,10 +156,55 @@ def test_rotary_and_cache_write_equal_their_references(isa, dtype, tokens, heads
     torch.testing.assert_close(cache, written, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rotary_dim", [2, 20, 62])
+def test_a_part_of_each_head_turns(isa, dtype, rotary_dim):
+    qkv, cache = torch.randn(17, 8 * 64, dtype=dtype), torch.zeros(2, 3, 2, 16, 64, dtype=dtype)
+    angles, slots = (torch.arange(17), torch.randn(64, rotary_dim)), torch.randperm(48)[:17]
+    results = []
+    for op in (chosen(ROTARY_KV_WRITE, dtype), ROTARY_KV_WRITE.reference):
+        fused, written = qkv.clone(), cache.clone()
+        views = [part.unflatten(1, (-1, 64)) for part in fused.split([256, 128, 128], dim=1)]
+        op(*views, *angles, written, slots)
+        results.append((views[0], written))
+    close(results[0][0], results[1][0])
+    close(results[0][1], results[1][1])
+    before = qkv.unflatten(1, (-1, 64))
+    ours, written = results[0]
+    assert torch.equal(ours[..., rotary_dim:], before[:, :4, rotary_dim:])
+    assert torch.equal(
+        written[0, slots // 16, :, slots % 16][..., rotary_dim:], before[:, 4:6, rotary_dim:]
+    )
+    assert not torch.equal(ours[..., :rotary_dim], before[:, :4, :rotary_dim])
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_layer_norm_is_torchs_and_adds_over_the_residual(dtype, with_residual):
+    norm = torch.nn.LayerNorm(100, eps=1e-3, dtype=dtype)
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x, residual = torch.randn(2, 7, 100, dtype=dtype)
+    hidden = x + residual if with_residual else x.clone()
+    given = residual if with_residual else None
+    normed, stream = LAYER_NORM.reference(x, norm.weight, norm.bias, 1e-3, given)
+    assert torch.equal(normed, norm(hidden)) and torch.equal(stream, hidden)
+    assert stream.data_ptr() == (residual if with_residual else x).data_ptr()
+
+
+def test_activations_are_those_of_transformers():
+    from transformers.activations import ACT2FN
+
+    x = torch.linspace(-9, 9, 1001)
+    for name, theirs in (("gelu", "gelu"), ("gelu_tanh", "gelu_new"), ("relu", "relu")):
+        torch.testing.assert_close(
+            ACTIVATIONS[name].reference(x), ACT2FN[theirs](x), rtol=1e-5, atol=2e-6
+        )
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["heads' dtype", "fp32"])
 @pytest.mark.parametrize("tokens", [0, 1, 40])
-def test_qk_norm_equals_its_reference(isa, dtype, tokens):
+def test_qk_norm_equals_its_reference(isa, dtype, tokens, wide):
     qkv = torch.randn(tokens, 8 * 64, dtype=dtype)
-    weights = torch.rand(2, 64).to(dtype)
+    weights = torch.rand(2, 64).to(torch.float32 if wide else dtype)
     positions, cos_sin, slots = torch.arange(tokens), torch.rand(64, 64), torch.randperm(48)
     results = []
     for op in (chosen(QK_NORM_ROTARY_KV_WRITE, dtype), QK_NORM_ROTARY_KV_WRITE.reference):

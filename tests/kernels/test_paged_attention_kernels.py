@@ -7,14 +7,15 @@ import torch
 from kernels.pages import Pages
 from torch import Tensor
 
-from octavo.kernels import PAGED_ATTENTION, AttentionBatch, Case
+from octavo.kernels import PAGED_ATTENTION, AttentionBatch, AttentionKind, Case
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 HEADS = [(4, 4, 64), (9, 3, 64), (8, 2, 128), (8, 1, 80), (3, 1, 96), (2, 1, 256), (64, 1, 16)]
 
 
-def compiled(dtype: torch.dtype, dim: int):
-    choice = PAGED_ATTENTION.select(Case("cpu", dtype, {"head_dim": dim, "block_size": 16}))
+def compiled(dtype: torch.dtype, dim: int, **sizes: int):
+    case = Case("cpu", dtype, {"head_dim": dim, "block_size": 16, **sizes})
+    choice = PAGED_ATTENTION.select(case)
     assert choice.name == "native"
     return choice.function
 
@@ -59,6 +60,69 @@ def test_long_contexts(isa, dtype, lengths):
     pages = Pages(lengths, 9, 3, 64, dtype)
     ours = compiled(dtype, 64)(pages.query, pages.kv_cache, pages.batch, 0.125)
     close(ours, pages.expected(0.125))
+
+
+KINDS = [
+    AttentionKind(window=1),
+    AttentionKind(window=7),
+    AttentionKind(window=16),
+    AttentionKind(window=50),
+    AttentionKind(window=300),
+    AttentionKind(window=10**6),
+    AttentionKind(softcap=1.5),
+    AttentionKind(window=33, softcap=20.0),
+    AttentionKind(causal=False),
+    AttentionKind(causal=False, softcap=2.0),
+]
+OF_ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
+# Windows begin within blocks, at their edges, in the chunk of 256 tokens before, and two before it.
+OF_WINDOWS = [*MIXED, (1, 300), (1, 1037), (90, 560), (20, 513), (2, 256), (1, 257)]
+
+
+@OF_ALL_KINDS
+@pytest.mark.parametrize("block_size", [16, 24])
+def test_every_kind_in_the_reference(dtype, kind, block_size):
+    pages = Pages(OF_WINDOWS, 4, 2, 32, dtype, block_size, kind=kind)
+    ours = PAGED_ATTENTION.reference(pages.query, pages.kv_cache, pages.batch, 0.5, kind)
+    close(ours, pages.expected(0.5))
+
+
+@OF_ALL_KINDS
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (9, 3, 80), (64, 1, 16)])
+def test_every_kind_compiled(isa, dtype, kind, heads, kv_heads, dim):
+    pages = Pages(OF_WINDOWS, heads, kv_heads, dim, dtype, kind=kind)
+    attention = compiled(dtype, dim, **kind.sizes())
+    ours = attention(pages.query, pages.kv_cache, pages.batch, 0.3, kind)
+    close(ours, pages.expected(0.3))
+
+
+def test_a_window_of_a_single_long_decode_is_cut_among_threads(isa, dtype):
+    kind = AttentionKind(window=900)
+    pages = Pages([(1, 3000)], 2, 1, 64, dtype, kind=kind)
+    ours = compiled(dtype, 64)(pages.query, pages.kv_cache, pages.batch, 0.125, kind)
+    close(ours, pages.expected(0.125))
+
+
+def test_a_window_gives_a_query_the_same_bits_however_its_prompt_is_cut(isa, dtype):
+    """In pieces the blocks that are left out are others."""
+    kind = AttentionKind(window=70, softcap=3.0)
+    pages = Pages([(600, 600)], 4, 2, 64, dtype, kind=kind)
+    attention = compiled(dtype, 64)
+    whole = attention(pages.query, pages.kv_cache, pages.batch, 0.2, kind)
+    pieces = []
+    for first, stop in ((0, 1), (1, 40), (40, 333), (333, 335), (335, 600)):
+        starts, lengths = torch.tensor([0, stop - first]).int(), torch.tensor([stop]).int()
+        piece = AttentionBatch(starts, lengths, pages.batch.block_tables, stop - first, stop)
+        pieces.append(attention(pages.query[first:stop], pages.kv_cache, piece, 0.2, kind))
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"window": 0}, {"window": 4, "causal": False}, {"softcap": 0.0}], ids=str
+)
+def test_a_kind_that_means_nothing_is_refused(wrong):
+    with pytest.raises(ValueError, match="window|softcap"):
+        AttentionKind(**wrong)
 
 
 def test_large_scores_do_not_overflow(isa, dtype):

@@ -11,7 +11,7 @@ from kernels.pages import Pages
 
 pytest.importorskip("triton")
 
-from octavo.kernels import PAGED_ATTENTION, AttentionBatch, Case
+from octavo.kernels import PAGED_ATTENTION, AttentionBatch, AttentionKind, Case
 from octavo.kernels import triton_decode_attention as module
 from octavo.kernels.triton_paged_attention import (
     triton_invariant_paged_attention,
@@ -35,7 +35,7 @@ def _short_splits(monkeypatch):
 
 
 def check(pages: Pages, scale: float, tolerance: float | None = None) -> None:
-    ours = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, scale)
+    ours = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, scale, pages.kind)
     assert ours.is_contiguous()
     tolerance = tolerance or TOLERANCE[ours.dtype]
     torch.testing.assert_close(ours.float(), pages.expected(scale), rtol=tolerance, atol=tolerance)
@@ -44,6 +44,44 @@ def check(pages: Pages, scale: float, tolerance: float | None = None) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
 def test_a_mixed_batch(poisoned, heads, kv_heads, dim):
     check(Pages(MIXED, heads, kv_heads, dim, torch.float32, device=DEVICE), 0.2)
+
+
+KINDS = [
+    AttentionKind(window=1),
+    AttentionKind(window=33, softcap=1.5),
+    AttentionKind(window=270),
+    AttentionKind(softcap=2.0),
+    AttentionKind(causal=False),
+]
+OF_ALL_KINDS = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
+@OF_ALL_KINDS
+def test_every_kind(poisoned, kind):
+    """Decodes, whose windows begin in any split of the context, and prompts."""
+    pages = Pages(
+        MIXED + [(1, 600), (2, 300), (40, 130)], 6, 2, 32, torch.float32, 16, DEVICE, kind
+    )
+    check(pages, 0.2)
+    ours = triton_invariant_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.2, kind)
+    torch.testing.assert_close(ours, pages.expected(0.2), rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_is_looked_up_in_blocks_of_any_size(poisoned):
+    kind = AttentionKind(window=45)
+    check(Pages([(1, 200), (30, 150)], 4, 2, 32, torch.float32, 8, DEVICE, kind), 0.2)
+    check(Pages([(1, 200), (30, 150)], 4, 2, 32, torch.float32, 48, DEVICE, kind), 0.2)
+
+
+def test_a_window_has_the_same_bits_alone_and_in_a_batch(monkeypatch):
+    kind = AttentionKind(window=260, softcap=3.0)
+    pages = Pages(MIXED + [(1, 900), (1, 513)], 4, 2, 32, torch.float32, 16, DEVICE, kind)
+    together = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.2, kind)
+    assert torch.equal(together, torch.cat(one_by_one(pages)))
+    monkeypatch.setattr(module, "ENOUGH_PER_MULTIPROCESSOR", 0)
+    monkeypatch.setattr(module, "PART_BYTES", 0)
+    whole = triton_paged_attention(pages.query, pages.kv_cache, pages.batch, 0.2, kind)
+    assert torch.equal(together, whole)
 
 
 def test_half_precision(poisoned):
@@ -96,7 +134,7 @@ def one_by_one(pages: Pages) -> list[torch.Tensor]:
             context,
         )
         query = pages.query[starts[b] : starts[b + 1]]
-        results.append(triton_paged_attention(query, pages.kv_cache, alone, 0.2))
+        results.append(triton_paged_attention(query, pages.kv_cache, alone, 0.2, pages.kind))
     return results
 
 
@@ -205,6 +243,13 @@ def test_it_refuses_what_it_would_misread():
         triton_paged_attention(query.half(), cache, batch, 1.0)
     with pytest.raises(ValueError, match="dense heads"):
         triton_paged_attention(query[:, :, ::2], cache[..., :32].contiguous(), batch, 1.0)
+
+
+@OF_ALL_KINDS
+def test_hopper_says_that_it_has_plain_attention_only(kind):
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, **kind.sizes()}
+    choice = PAGED_ATTENTION.select(Case("cuda", torch.bfloat16, sizes))
+    assert "not hopper: made for causal attention to all tokens before" in str(choice)
 
 
 def test_cases_left_to_the_reference_say_why():

@@ -8,14 +8,24 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from octavo.kernels import KV_WRITE, QK_NORM_ROTARY_KV_WRITE, RMS_NORM, ROTARY_KV_WRITE, SILU_MUL
+from octavo.kernels import (
+    GELU_TANH_MUL,
+    KV_WRITE,
+    LAYER_NORM,
+    QK_NORM_ROTARY_KV_WRITE,
+    RMS_NORM,
+    ROTARY_KV_WRITE,
+    SILU_MUL,
+    Case,
+)
+from octavo.kernels.triton_layer_norm import triton_layer_norm
 from octavo.kernels.triton_rms_norm import triton_rms_norm
 from octavo.kernels.triton_rotary_kv_write import (
     triton_kv_write,
     triton_qk_norm_rotary_kv_write,
     triton_rotary_kv_write,
 )
-from octavo.kernels.triton_silu_mul import triton_silu_mul
+from octavo.kernels.triton_silu_mul import triton_gelu_tanh_mul, triton_silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts bf16 off where a GPU rounds.
@@ -45,10 +55,52 @@ def test_rms_norm(poisoned, dtype, shape, with_residual):
     close(hidden, expected[1])
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_layer_norm(poisoned, dtype, shape, with_residual):
+    x, weight, bias = (normal(*size, dtype=dtype) for size in (shape, shape[1:], shape[1:]))
+    residual = normal(*shape, dtype=dtype) if with_residual else None
+    copy = None if residual is None else residual.clone()
+    expected = LAYER_NORM.reference(x, weight, bias, 1e-5, copy)
+    normed, hidden = triton_layer_norm(x, weight, bias, 1e-5, residual)
+    if dtype is torch.float32 or DEVICE == "cuda":
+        torch.testing.assert_close(normed, expected[0], rtol=4e-3, atol=1e-5)
+        assert torch.equal(hidden, expected[1])  # the sum is rounded once, in both
+    close(hidden, expected[1])
+
+
+def test_layer_norm_of_numbers_far_from_0(dtype):
+    x, weight = normal(3, 100, dtype=torch.float32) + 1000, normal(100, dtype=torch.float32)
+    x, weight = x.to(dtype), weight.to(dtype)
+    ours, _ = triton_layer_norm(x[:, 10:60], weight[10:60], weight[20:70], 1e-6)
+    expected, _ = LAYER_NORM.reference(x[:, 10:60], weight[10:60], weight[20:70], 1e-6)
+    torch.testing.assert_close(ours, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_layer_norm_refuses_what_it_would_misread():
+    x, weight = normal(4, 8, dtype=torch.float32), normal(8, dtype=torch.float32)
+    with pytest.raises(ValueError, match="dense rows"):
+        triton_layer_norm(x.t(), weight[:4], weight[:4], 1e-5)
+    with pytest.raises(ValueError, match="weight and bias"):
+        triton_layer_norm(x, weight, weight[:7], 1e-5)
+    with pytest.raises(ValueError, match="one dtype"):
+        triton_layer_norm(x, weight, weight.bfloat16(), 1e-5)
+    with pytest.raises(ValueError, match="residual"):
+        triton_layer_norm(x, weight, weight, 1e-5, x[:, :7])
+
+
 def test_rms_norm_reads_strided_rows(dtype):
     wide, weight = normal(5, 300, dtype=dtype), normal(100, dtype=dtype)
     ours, _ = triton_rms_norm(wide[:, 100:200], weight, 1e-6)
     close(ours, RMS_NORM.reference(wide[:, 100:200], weight, 1e-6)[0])
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm_with_a_wide_weight(poisoned, with_residual):
+    x, weight = normal(3, 100, dtype=torch.bfloat16), normal(100, dtype=torch.float32)
+    residual = normal(3, 100, dtype=torch.bfloat16) if with_residual else None
+    expected, _ = RMS_NORM.reference(x, weight, 1e-5, residual)
+    close(triton_rms_norm(x, weight, 1e-5, residual)[0], expected)
 
 
 def test_rms_norm_refuses_what_it_would_misread():
@@ -74,21 +126,45 @@ def test_silu_mul_saturates_without_nan(dtype):
     close(ours, torch.nn.functional.silu(gate))
 
 
-def test_silu_mul_refuses_an_odd_width():
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # as below
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gelu_tanh_mul(poisoned, dtype, shape):
+    x = 3 * normal(shape[0], 2 * shape[1], dtype=dtype)
+    close(triton_gelu_tanh_mul(x), GELU_TANH_MUL.reference(x.float()).to(dtype))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # as it should, on its way to 0
+def test_gelu_tanh_mul_saturates_without_nan(dtype):
+    gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]]).to(DEVICE, dtype)
+    ours = triton_gelu_tanh_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    close(ours, torch.nn.functional.gelu(gate, approximate="tanh"))
+
+
+@pytest.mark.parametrize("gate", [triton_silu_mul, triton_gelu_tanh_mul])
+def test_gates_refuse_an_odd_width(gate):
     with pytest.raises(ValueError, match="2I"):
-        triton_silu_mul(normal(2, 7, dtype=torch.float32))
+        gate(normal(2, 7, dtype=torch.float32))
 
 
 class Step:
     """One fused qkv tensor, its three strided views, and a cache full of NaN."""
 
-    def __init__(self, tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        dtype: torch.dtype,
+        *,
+        rotary_dim: int | None = None,
+    ):
         self.sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
         self.dim = dim
         self.qkv = normal(tokens, sum(self.sizes), dtype=dtype)
         self.angles = (
             torch.randint(0, 3000, (tokens,)).to(DEVICE),
-            normal(3000, dim, dtype=torch.float32).clamp(-1, 1),
+            normal(3000, rotary_dim or dim, dtype=torch.float32).clamp(-1, 1),
         )
         self.slots = torch.randperm(5 * 16)[:tokens].to(DEVICE)
         shape = (2, 5, kv_heads, 16, dim)
@@ -124,9 +200,22 @@ def test_rotation_and_cache_write(dtype, tokens, heads, kv_heads, dim):
     step.check(triton_kv_write, KV_WRITE.reference)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
-def test_qk_norm(dtype, heads, kv_heads, dim):
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(64, 2), (80, 20), (96, 72), (80, 78)])
+def test_a_part_of_each_head_turns(dtype, dim, rotary_dim):
+    step = Step(5, 9, 3, dim, dtype, rotary_dim=rotary_dim)
+    step.check(triton_rotary_kv_write, ROTARY_KV_WRITE.reference)
     weights = normal(2, dim, dtype=dtype)
+    with pytest.raises(ValueError, match="turns as a whole"):
+        step.run(triton_qk_norm_rotary_kv_write, *weights, 1e-6)
+    sizes = {"head_dim": dim, "rotary_dim": rotary_dim}
+    passed_over = dict(QK_NORM_ROTARY_KV_WRITE.select(Case("cuda", dtype, sizes)).passed_over)
+    assert f"{rotary_dim} of {dim} numbers" in passed_over["triton"]
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["heads' dtype", "fp32"])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_qk_norm(dtype, heads, kv_heads, dim, wide):
+    weights = normal(2, dim, dtype=torch.float32 if wide else dtype)
     step = Step(5, heads, kv_heads, dim, dtype)
     step.check(triton_qk_norm_rotary_kv_write, QK_NORM_ROTARY_KV_WRITE.reference, *weights, 1e-6)
 

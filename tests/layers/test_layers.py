@@ -54,6 +54,36 @@ def test_the_shards_of_a_linear_layer_make_the_whole(split):
     torch.testing.assert_close(together, whole(x))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_one_tensor_may_hold_all_parts_whole_or_in_turns(groups, transposed):
+    """Of each group two rows of q and one of k; every rank takes its share of each part."""
+    parts = {"q": 12, "k": 6}
+    tensors = {f"{part}.weight": torch.randn(rows, 8) for part, rows in parts.items()}
+    tensors |= {f"{part}.bias": torch.randn(rows) for part, rows in parts.items()}
+
+    def fused(kind):
+        pieces = [tensors[f"{part}.{kind}"].chunk(groups) for part in parts]
+        return torch.cat([piece for group in zip(*pieces, strict=True) for piece in group])
+
+    for rank in range(2):
+        build = Build("cpu", torch.float32, group=ParallelGroup(rank, 2))
+        apart = filled(Linear(parts, 8, build, bias=True, split="rows"), tensors)
+        together = Linear(parts, 8, build, bias=True, split="rows")
+        slots = together.fused_slots("qk", groups=groups, transposed=transposed)
+        weight = fused("weight")
+        weight = weight.t().contiguous() if transposed else weight
+        assert {name: slot.shape for name, slot in slots.items()} == {
+            "qk.weight": tuple(weight.shape),
+            "qk.bias": (18,),
+        }
+        slots["qk.weight"].load(weight)
+        slots["qk.bias"].load(fused("bias"))
+        finish_layers(together)
+        x = torch.randn(5, 8)
+        assert torch.equal(together(x), apart(x))
+
+
 def test_a_size_that_cannot_be_shared_is_refused_with_the_remedy():
     build = Build("cpu", torch.float32, group=ParallelGroup(0, 4))
     with pytest.raises(ConfigError, match=r"9 rows of q.*tensor parallel size"):
@@ -89,7 +119,7 @@ def test_rotary_frequencies_are_those_of_transformers(scaling, parameters):
     )
     expected = LlamaRotaryEmbedding(config).inv_freq
     torch.testing.assert_close(
-        rotary_frequencies(Rope(500000.0, 128, scaling)), expected, rtol=1e-6, atol=0
+        rotary_frequencies(Rope(500000.0, 128, scaling), 131072), expected, rtol=1e-6, atol=0
     )
 
 

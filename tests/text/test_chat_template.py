@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from octavo.errors import CheckpointError, RequestError
 from octavo.text.chat_template import MAX_RENDERED_CHARS, MAX_SOURCE_CHARS, ChatTemplate
@@ -91,3 +92,48 @@ def test_output_is_bounded():
 def test_templates_that_are_none(source):
     with pytest.raises(CheckpointError, match="chat template"):
         ChatTemplate(source, {})
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.contentTRIM }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("trim", ["", " | trim"])
+@pytest.mark.parametrize("text", ["The answer", " is ", "two\nlines\n", "Hi <b> & 'you'"])
+def test_a_message_is_continued_as_transformers_does_it(trim, text):
+    source = CHATML.replace("TRIM", trim)
+    messages = [*USER, {"role": "assistant", "content": text}]
+    [[expected], _] = render_jinja_template(
+        conversations=[[dict(m) for m in messages]],
+        chat_template=source,
+        continue_final_message=True,
+    )
+    found = ChatTemplate(source, {}).render(
+        messages,
+        add_generation_prompt=False,
+        template_arguments={},
+        continue_final_message=True,
+    )
+    assert found == expected
+    assert found.endswith(text.strip() if trim else text)
+    assert messages[-1] == {"role": "assistant", "content": text}  # as it was
+
+
+@pytest.mark.parametrize(
+    ("source", "last", "cause"),
+    [
+        (CHATML.replace("TRIM", ""), {"role": "assistant", "content": " "}, "a text"),
+        (CHATML.replace("TRIM", ""), {"role": "assistant"}, "a text"),
+        ("{{ messages[0].content }}", {"role": "assistant", "content": "x"}, "leaves the last"),
+    ],
+)
+def test_what_cannot_be_continued_is_refused(source, last, cause):
+    with pytest.raises(RequestError, match=cause):
+        ChatTemplate(source, {}).render(
+            [*USER, last],
+            add_generation_prompt=False,
+            template_arguments={},
+            continue_final_message=True,
+        )

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders
 
 from octavo.text import IncrementalDetokenizer
-from octavo.text.tokenizer import BpeTokenizer
+from octavo.text.tokenizer import LibraryTokenizer
 
 LIBRARY = byte_level_tokenizer()
-TOKENIZER = BpeTokenizer(LIBRARY, source="test")
+TOKENIZER = LibraryTokenizer(LIBRARY, source="test")
 any_ids = st.lists(st.integers(0, len(BYTE_TOKENS) + 3), max_size=40)
 
 

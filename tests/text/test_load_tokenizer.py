@@ -17,7 +17,7 @@ from checkpoint_files import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from octavo.config import Checkpoint, locate
 from octavo.errors import CheckpointError, ModelError, UnsupportedModelError
@@ -74,9 +74,9 @@ def test_damaged_tokenizer_file(tmp_path, content):
 
 def test_other_kinds_are_refused_by_name(tmp_path):
     folder = write_directory(tmp_path / "model")
-    library = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    library = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
     library.save(str(folder / "tokenizer.json"))
-    with pytest.raises(UnsupportedModelError, match="WordPiece"):
+    with pytest.raises(UnsupportedModelError, match="WordLevel"):
         load_tokenizer(locate(str(folder)))
     library = byte_level_tokenizer()
     library.decoder = decoders.Metaspace()
@@ -271,3 +271,28 @@ def test_sentencepiece_without_the_first_space(tmp_path):
 def test_sentencepiece_without_scores(tmp_path):
     with pytest.raises(CheckpointError, match="scores"):
         from_gguf(tmp_path, spm_metadata(scores=None))
+
+
+def test_unigram_as_xlm_roberta_has_it(tmp_path):
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [("▁a", -1.0), ("▁b", -1.5), ("c", -2.0), ("▁", -3.0), ("<", -4.0), ("s", -4.5)]
+    library = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=3))
+    library.pre_tokenizer = pre_tokenizers.Metaspace()
+    library.decoder = decoders.Metaspace()
+    library.add_special_tokens(["<s>", "<pad>", "</s>", "<unk>"])
+    library.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> </s> $B </s>",
+        special_tokens=[("<s>", 0), ("</s>", 2)],
+    )
+    folder = write_directory(tmp_path / "model")
+    library.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(locate(str(folder)))
+    assert tokenizer.encode("ac b") == [0, 4, 6, 5, 2]
+    assert tokenizer.decode([0, 4, 6, 5, 2]) == "ac b"
+    assert 0 not in tokenizer.encode("<s>")[1:]  # a text that spells a control token has none
+    pair = tokenizer.encode_pair("ac", "b")
+    assert pair.token_ids == [0, 4, 6, 2, 2, 5, 2]
+    assert set(pair.type_ids) == {0}
+    assert pair.with_types(1000, 1) == pair.token_ids
+    assert list(pair.cut_to(6).token_ids) == [0, 4, 2, 2, 5, 2]

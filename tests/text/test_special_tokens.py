@@ -9,14 +9,14 @@ from tokenizers import AddedToken
 from octavo.errors import RequestError
 from octavo.text.chat_template import ChatTemplate
 from octavo.text.special_tokens import BREAK, MARK
-from octavo.text.tokenizer import BpeTokenizer
+from octavo.text.tokenizer import LibraryTokenizer
 
 TEXT, START, END = range(3)  # ids of SPECIALS
 
 
 def make_tokenizer(source=CHATML, library=None):
     template = None if source is None else ChatTemplate(source, {"eos_token": "<|im_end|>"})
-    return BpeTokenizer(library or byte_level_tokenizer(), source="test", template=template)
+    return LibraryTokenizer(library or byte_level_tokenizer(), source="test", template=template)
 
 
 LIBRARY = byte_level_tokenizer()
@@ -123,7 +123,7 @@ def test_tokenizer_without_special_tokens():
     library = byte_level_tokenizer()
     plain = type(library)(library.model)
     plain.pre_tokenizer, plain.decoder = library.pre_tokenizer, library.decoder
-    tokenizer = BpeTokenizer(plain, source="test")
+    tokenizer = LibraryTokenizer(plain, source="test")
     assert tokenizer.special_token_ids == frozenset()
     assert tokenizer.decode(tokenizer.encode("<|im_end|>")) == "<|im_end|>"
 

@@ -34,7 +34,7 @@ def test_equals_the_package(name, dtype):
     assert torch.equal(actual.nan_to_num(), expected.nan_to_num())
 
 
-@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "Q6_K"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q6_K", "Q2_K"])
 def test_tensors_of_several_chunks(name, monkeypatch):
     kind = GGMLQuantizationType[name]
     blocks = random_blocks(kind, 100)

@@ -41,6 +41,17 @@ def gated_mlp(read: Reader) -> MLPConfig:
     return MLPConfig(size, bias=read.boolean("mlp_bias", False))
 
 
+def max_positions(read: Reader, layers: tuple[LayerConfig, ...]) -> int:
+    """The longest context. YaRN is written beside that of pretraining, which it multiplies."""
+    longest = read.integer("max_position_embeddings", 1, MAX_POSITIONS)
+    for layer in layers:
+        scaling = layer.attention.rope and layer.attention.rope.scaling
+        if scaling and scaling.kind == "yarn":
+            stretched = int(scaling.original_max_position_embeddings * scaling.factor)
+            longest = max(longest, stretched)
+    return longest
+
+
 def decoder(read: Reader, architecture: str, *, layers: tuple[LayerConfig, ...]) -> ModelConfig:
     """What is around the blocks, under its usual names."""
     vocab_size = read.integer("vocab_size", 1, MAX_VOCAB_SIZE)
@@ -50,7 +61,7 @@ def decoder(read: Reader, architecture: str, *, layers: tuple[LayerConfig, ...])
         hidden_size=read.integer("hidden_size", 1, MAX_HIDDEN_SIZE),
         layers=layers,
         norm_eps=read.number("rms_norm_eps", 0.0, 1.0, default=1e-6),
-        max_position_embeddings=read.integer("max_position_embeddings", 1, MAX_POSITIONS),
+        max_position_embeddings=max_positions(read, layers),
         tie_word_embeddings=read.boolean("tie_word_embeddings", False),
         dtype=read.dtype(),
         bos_token_id=next(iter(read.token_ids("bos_token_id", vocab_size)), None),

@@ -18,10 +18,11 @@ import torch  # loaded first, so that the library shares torch's libgomp and its
 # convert the fields one by one, and a decode step makes hundreds of calls.
 LAYOUTS = {
     "linear": "10q",  # LinearCall
-    "rms_norm": "7qdq",  # RmsNormCall
-    "silu_mul": "6q",  # SiluMulCall
-    "rotary_kv_write": "21q",  # RotaryKvWriteCall
-    "paged_attention": "14qdq",  # Attention
+    "rms_norm": "7qdqq",  # RmsNormCall
+    "silu_mul": "6q",  # GateCall
+    "gelu_tanh_mul": "6q",  # GateCall
+    "rotary_kv_write": "22q",  # RotaryKvWriteCall
+    "paged_attention": "14qdqdqq",  # Attention
 }
 SUFFIXES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -48,6 +49,7 @@ class Library:
         self.linear = self._bind("linear")
         self.rms_norm = self._bind("rms_norm")
         self.silu_mul = self._bind("silu_mul")
+        self.gelu_tanh_mul = self._bind("gelu_tanh_mul")
         self.rotary_kv_write = self._bind("rotary_kv_write")
         self.paged_attention = self._bind("paged_attention")
 

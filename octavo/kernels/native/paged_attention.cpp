@@ -1,9 +1,11 @@
-// Causal attention over the paged cache; see octavo/kernels/paged_attention.py for the contract.
+// Attention over the paged cache; see octavo/kernels/paged_attention.py for the contract.
 //
 // A context is read in chunks of 256 tokens, counted from its first. A chunk gives each row a
 // result of its own: the largest score, the sum of the weights relative to it, the values mixed by
 // them. Folded together in the order of the chunks, these are the attention. So a row's arithmetic
-// follows from its context alone, and everything below may be cut to suit the machine.
+// follows from its context alone, and everything below may be cut to suit the machine. Blocks that
+// no row of a tile sees, for they lie before its windows, are neither read nor multiplied: to leave
+// out what weighs nothing changes no bit.
 //
 // The work is cut into tasks: (sequence, tile of queries, kv head, run of chunks). The rows of a
 // tile are its queries times the query heads that share the kv head, so a packed chunk serves them
@@ -35,6 +37,9 @@ struct Attention {
   T* out;  // [tokens, heads, dim]
   int64_t batch, table_width, num_blocks, heads, kv_heads, dim;
   double scale;
+  int64_t window;  // tokens that a query sees, its own the last of them; 0: all before it
+  double softcap;  // scores become cap * tanh(score / cap); 0: they do not
+  int64_t causal;  // 0: every query sees the whole context
   int64_t threads;
 
   int64_t group() const { return heads / kv_heads; }
@@ -50,10 +55,21 @@ struct Attention {
 // One tile of queries of one sequence.
 struct Tile {
   int64_t sequence, first_query, queries;
-  int64_t visible;  // context tokens that the first of its queries sees
+  int64_t visible;  // context tokens up to the last one that the first of its queries sees
+  int64_t step;     // how many more the next query sees: 1, or 0 where all see all
+  int64_t window;
 
-  int64_t context() const { return visible + queries - 1; }
-  int64_t chunks() const { return divide_up(context(), CHUNK_TOKENS); }
+  // The context tokens that one of its queries sees.
+  Range seen_by(int64_t query) const {
+    const int64_t end = visible + query * step;
+    return {std::max<int64_t>(0, end - window), end};
+  }
+  // Those that any of them sees, and the chunks that these are in.
+  Range seen() const { return {seen_by(0).begin, seen_by(queries - 1).end}; }
+  Range chunks() const {
+    return {seen().begin / CHUNK_TOKENS, divide_up(seen().end, CHUNK_TOKENS)};
+  }
+  int64_t num_chunks() const { return chunks().end - chunks().begin; }
 };
 
 // What a row gets from one chunk, or from several folded: its top (the largest score, in units of
@@ -199,27 +215,51 @@ struct Scratch {
   alignas(64) float result[ROWS * (MIXED + MAX_HEAD_DIM)];  // results of all chunks so far
 };
 
-// Turns the first `padded` scores of a row into weights, and sets the top and total of its result.
-// Those from `visible` on weigh nothing.
+// Scores to units of log2: of plain ones a factor, of capped ones a tangent and then a factor.
+struct ScoreScale {
+  float inner;  // tanh(score * inner); 0: no tangent
+  float log2;
+
+  ScoreScale(double scale, double softcap)
+      : inner(softcap > 0 ? float(scale / softcap) : 0),
+        log2(float(softcap > 0 ? softcap : scale) * LOG2_E) {}
+};
+
+// Turns the scores of a row in `chunk`, which begin and end at whole lanes, into weights, and sets
+// the top and total of its result. Those that are not `visible` weigh nothing.
 template <class Dot>
-static OCTAVO_INLINE void softmax_row(Scratch<Dot>* scratch, int64_t row, int64_t visible,
-                                      int64_t padded, float log2_scale, float* result) {
+static OCTAVO_INLINE void softmax_row(Scratch<Dot>* scratch, int64_t row, Range visible,
+                                      Range chunk, ScoreScale score_scale, float* result) {
   typename Dot::Left* weights = scratch->weights + row * CHUNK_TOKENS;
   float* scores = scratch->scores + row * CHUNK_TOKENS;
-  if (visible < padded) {
-    const int64_t end = std::max<int64_t>(visible, 0), partial = end / LANES * LANES;
-    if (end > partial)
-      store(scores + partial, keep_first(load(scores + partial), int(end - partial), MASKED));
+  int64_t first = chunk.begin, padded = chunk.end;
+  const bool is_cut = visible.begin > first;
+  if (is_cut) {
+    const int64_t begin = std::min(visible.begin, padded) / LANES * LANES;
+    for (int64_t t = first; t < begin; t += LANES) store(weights + t, zeros());
+    first = begin;
+  }
+  if (visible.end < padded) {
+    const int64_t end = std::max(visible.end, first);
     for (int64_t t = round_up(end, LANES); t < padded; t += LANES) store(weights + t, zeros());
-    if (end == 0) return;
     padded = round_up(end, LANES);
   }
-  Lanes best = load(scores);
-  for (int64_t t = LANES; t < padded; t += LANES) best = maximum(best, load(scores + t));
-  const float top = largest(best) * log2_scale;
-  const Lanes scale = broadcast(log2_scale), offset = broadcast(-top);
+  if (first >= padded) return;
+  if (score_scale.inner != 0)
+    for (int64_t t = first; t < padded; t += LANES)
+      store(scores + t, tanh(load(scores + t) * broadcast(score_scale.inner)));
+  if (visible.end < padded) {
+    float* partial = scores + padded - LANES;
+    store(partial, keep_first(load(partial), int(visible.end - (padded - LANES)), MASKED));
+  }
+  if (is_cut)
+    store(scores + first, drop_first(load(scores + first), int(visible.begin - first), MASKED));
+  Lanes best = load(scores + first);
+  for (int64_t t = first + LANES; t < padded; t += LANES) best = maximum(best, load(scores + t));
+  const float top = largest(best) * score_scale.log2;
+  const Lanes scale = broadcast(score_scale.log2), offset = broadcast(-top);
   Lanes total = zeros();
-  for (int64_t t = 0; t < padded; t += LANES) {
+  for (int64_t t = first; t < padded; t += LANES) {
     const Lanes weight = exp2(fused(load(scores + t), scale, offset));
     total = total + weight;
     store(weights + t, weight);
@@ -262,8 +302,10 @@ static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Ra
   if (padded_dim != dim) std::memset(scratch->keys, 0, sizeof scratch->keys);
 
   const int32_t* table = on.block_tables + tile.sequence * on.table_width;
-  const int64_t end = std::min(chunks.end * CHUNK_TOKENS, tile.context());
-  const int64_t first_block = chunks.begin * CHUNK_TOKENS / BLOCK_TOKENS;
+  const ScoreScale score_scale(on.scale, on.softcap);
+  const int64_t seen = std::max(chunks.begin * CHUNK_TOKENS, tile.seen().begin);
+  const int64_t end = std::min(chunks.end * CHUNK_TOKENS, tile.seen().end);
+  const int64_t first_block = seen / BLOCK_TOKENS;
   const int64_t end_block = divide_up(end, BLOCK_TOKENS);
   // After the last block come the first ones again, for the next head: likely this thread's task.
   const int64_t next_head = std::min(kv_head + 1, on.kv_heads - 1);
@@ -275,7 +317,11 @@ static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Ra
     const int64_t begin = chunk * CHUNK_TOKENS, tokens = std::min(CHUNK_TOKENS, end - begin);
     const int64_t key_panels = divide_up(tokens, BLOCK_TOKENS);
     const int64_t padded = round_up(tokens, DEPTH_STEP);
-    for (int64_t p = 0; p < key_panels; ++p) {
+    // Of the first chunk of a window: the first panel that some row sees, and where its step of
+    // depth begins.
+    const int64_t first_panel = std::max<int64_t>(0, seen - begin) / BLOCK_TOKENS;
+    const int64_t first = first_panel * BLOCK_TOKENS / DEPTH_STEP * DEPTH_STEP;
+    for (int64_t p = first_panel; p < key_panels; ++p) {
       const int64_t b = begin / BLOCK_TOKENS + p, ahead = b + FETCH_AHEAD;
       const bool wraps = ahead >= end_block;
       const int64_t later = table[wraps ? std::min(ahead - end_block + first_block, b) : ahead];
@@ -286,20 +332,26 @@ static void attend(const Attention<T>& on, const Tile& tile, int64_t kv_head, Ra
                   tokens - p * BLOCK_TOKENS, dim, scratch->values, CHUNK_TOKENS * LANES,
                   p * BLOCK_TOKENS, Dot());
     }
-    if (padded > key_panels * BLOCK_TOKENS)
+    const auto clear_values = [&](int64_t token) {  // of a block that only fills up a step
       for (int64_t p = 0; p < dim_panels; ++p)
-        std::memset(scratch->values + (p * CHUNK_TOKENS + key_panels * BLOCK_TOKENS) * LANES, 0,
+        std::memset(scratch->values + (p * CHUNK_TOKENS + token) * LANES, 0,
                     BLOCK_TOKENS * LANES * sizeof scratch->values[0]);
-    multiply<Dot>(rows, key_panels,
-                  {scratch->query, padded_dim, scratch->keys, padded_dim * LANES, padded_dim,
-                   scratch->scores, CHUNK_TOKENS, false});
+    };
+    if (first < first_panel * BLOCK_TOKENS) clear_values(first);
+    if (padded > key_panels * BLOCK_TOKENS) clear_values(key_panels * BLOCK_TOKENS);
+    multiply<Dot>(rows, key_panels - first_panel,
+                  {scratch->query, padded_dim, scratch->keys + first_panel * padded_dim * LANES,
+                   padded_dim * LANES, padded_dim, scratch->scores + first_panel * LANES,
+                   CHUNK_TOKENS, false});
     float* results = take(chunk);  // [rows, width]
-    for (int64_t r = 0; r < rows; ++r)
-      softmax_row<Dot>(scratch, r, tile.visible + r / group - begin, padded,
-                       float(on.scale) * LOG2_E, results + r * width);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Range visible = tile.seen_by(r / group);
+      softmax_row<Dot>(scratch, r, {visible.begin - begin, visible.end - begin}, {first, padded},
+                       score_scale, results + r * width);
+    }
     multiply<Dot>(rows, dim_panels,
-                  {scratch->weights, CHUNK_TOKENS, scratch->values, CHUNK_TOKENS * LANES, padded,
-                   results + MIXED, width, false});
+                  {scratch->weights + first, CHUNK_TOKENS, scratch->values + first * LANES,
+                   CHUNK_TOKENS * LANES, padded - first, results + MIXED, width, false});
     done(chunk);
   }
 }
@@ -316,9 +368,11 @@ static void write_row(const Attention<T>& on, int64_t token, int64_t head, const
 static void fold_rows(float* results, const float* next, const Tile& tile, int64_t chunk,
                       int64_t group, int64_t dim) {
   const int64_t width = result_width(dim);
-  for (int64_t r = 0; r < tile.queries * group; ++r)
-    if (tile.visible + r / group > chunk * CHUNK_TOKENS)
+  for (int64_t r = 0; r < tile.queries * group; ++r) {
+    const Range visible = tile.seen_by(r / group);
+    if (visible.end > chunk * CHUNK_TOKENS && visible.begin < (chunk + 1) * CHUNK_TOKENS)
       fold(results + r * width, next + r * width, dim);
+  }
 }
 
 // --- the whole batch ---------------------------------------------------------------------------
@@ -326,11 +380,15 @@ static void fold_rows(float* results, const float* next, const Tile& tile, int64
 template <class T>
 static std::vector<Tile> cut_tiles(const Attention<T>& on) {
   std::vector<Tile> tiles;
+  const int64_t window = on.window ? on.window : std::numeric_limits<int64_t>::max();
   for (int64_t b = 0; b < on.batch; ++b) {
     const int64_t begin = on.query_starts[b], end = on.query_starts[b + 1];
     const int64_t before = on.context_lens[b] - (end - begin);
-    for (int64_t q = begin; q < end; q += on.tile_queries())
-      tiles.push_back({b, q, std::min(on.tile_queries(), end - q), before + (q - begin) + 1});
+    for (int64_t q = begin; q < end; q += on.tile_queries()) {
+      const int64_t visible = on.causal ? before + (q - begin) + 1 : on.context_lens[b];
+      tiles.push_back(
+          {b, q, std::min(on.tile_queries(), end - q), visible, on.causal ? 1 : 0, window});
+    }
   }
   return tiles;
 }
@@ -341,7 +399,7 @@ static int64_t count_parts(const Attention<T>& on, const std::vector<Tile>& tile
   const int64_t tasks = int64_t(tiles.size()) * on.kv_heads, threads = on.threads;
   if (tasks == 0 || tasks >= 4 * threads || tasks % threads == 0) return 1;
   int64_t most_chunks = 1;
-  for (const Tile& tile : tiles) most_chunks = std::max(most_chunks, tile.chunks());
+  for (const Tile& tile : tiles) most_chunks = std::max(most_chunks, tile.num_chunks());
   return std::min(most_chunks, divide_up(4 * threads, tasks));
 }
 
@@ -354,11 +412,11 @@ struct Kept {
       : width(result_width(dim)) {
     for (const Tile& tile : tiles) {
       rows = std::max(rows, tile.queries * group);
-      chunks = std::max(chunks, tile.chunks());
+      chunks = std::max(chunks, tile.num_chunks());
     }
     results.reset(new float[tiles.size() * kv_heads * chunks * rows * width]);
   }
-  // pair: tile * kv_heads + kv_head
+  // pair: tile * kv_heads + kv_head; chunk: counted from the tile's first
   float* at(int64_t pair, int64_t chunk) const {
     return results.get() + (pair * chunks + chunk) * rows * width;
   }
@@ -385,7 +443,7 @@ static void attend_whole(const Attention<T>& on, const Tile& tile, int64_t kv_he
                          Scratch<Dot>* scratch) {
   clear_rows(on, tile, scratch->result);
   attend<T, Dot>(
-      on, tile, kv_head, {0, tile.chunks()}, scratch, [&](int64_t) { return scratch->chunk; },
+      on, tile, kv_head, tile.chunks(), scratch, [&](int64_t) { return scratch->chunk; },
       [&](int64_t chunk) {
         fold_rows(scratch->result, scratch->chunk, tile, chunk, on.group(), on.dim);
       });
@@ -413,19 +471,22 @@ static void paged_attention(const Attention<T>& on) {
         attend_whole<T, Dot>(on, tile, kv_head, scratch.get());
         continue;
       }
-      const Range mine = {tile.chunks() * part / parts, tile.chunks() * (part + 1) / parts};
+      const int64_t chunks = tile.num_chunks(), before = tile.chunks().begin;
+      const Range mine = {before + chunks * part / parts, before + chunks * (part + 1) / parts};
       if (mine.begin < mine.end)
         attend<T, Dot>(
             on, tile, kv_head, mine, scratch.get(),
-            [&](int64_t chunk) { return kept->at(pair, chunk); }, [](int64_t) {});
+            [&](int64_t chunk) { return kept->at(pair, chunk - before); }, [](int64_t) {});
     }
     if (kept) {
 #pragma omp for schedule(static)
       for (int64_t pair = 0; pair < pairs; ++pair) {
         const Tile& tile = tiles[tile_of(pair)];
         clear_rows(on, tile, scratch->result);
-        for (int64_t chunk = 0; chunk < tile.chunks(); ++chunk)
-          fold_rows(scratch->result, kept->at(pair, chunk), tile, chunk, on.group(), on.dim);
+        const Range all = tile.chunks();
+        for (int64_t chunk = all.begin; chunk < all.end; ++chunk)
+          fold_rows(scratch->result, kept->at(pair, chunk - all.begin), tile, chunk, on.group(),
+                    on.dim);
         write_tile(on, tile, pair % on.kv_heads, scratch->result);
       }
     }

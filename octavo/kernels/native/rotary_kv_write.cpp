@@ -19,7 +19,8 @@ template <class T>
 struct RotaryKvWriteCall {
   Heads<T> query, key, value;
   const int64_t* positions;  // [tokens]
-  const float* cos_sin;      // [positions, dim], or null: do not rotate
+  const float* cos_sin;      // [positions, rotary_dim], or null: do not rotate
+  int64_t rotary_dim;        // the first numbers of a head turn, so many of them
   T* kv_cache;               // [2, num_blocks, kv heads, block_size, dim]
   int64_t num_blocks, block_size;
   const int64_t* slots;  // [tokens]
@@ -27,8 +28,8 @@ struct RotaryKvWriteCall {
 };
 
 template <class T>
-static void rotate_head(T* head, const float* cos_sin, int64_t dim) {
-  const int64_t half = dim / 2;
+static void rotate_head(T* head, const float* cos_sin, int64_t rotary_dim) {
+  const int64_t half = rotary_dim / 2;
   for (int64_t i = 0; i < half; i += LANES) {
     const int count = std::min<int64_t>(LANES, half - i);
     const Lanes cosine = load_first(cos_sin + i, count);
@@ -41,8 +42,10 @@ static void rotate_head(T* head, const float* cos_sin, int64_t dim) {
 }
 
 template <class T>
-static void rotate_token(Heads<T> heads, int64_t token, const float* cos_sin, int64_t dim) {
-  for (int64_t h = 0; h < heads.num_heads; ++h) rotate_head(heads.at(token, h), cos_sin, dim);
+static void rotate_token(Heads<T> heads, int64_t token, const float* cos_sin, int64_t rotary_dim) {
+  for (int64_t h = 0; h < heads.num_heads; ++h) {
+    rotate_head(heads.at(token, h), cos_sin, rotary_dim);
+  }
 }
 
 template <class T>
@@ -65,9 +68,9 @@ static void rotary_kv_write(const RotaryKvWriteCall<T>& on) {
     const Range mine = my_share(on.tokens);
     for (int64_t t = mine.begin; t < mine.end; ++t) {
       if (on.cos_sin) {
-        const float* angles = on.cos_sin + on.positions[t] * on.dim;
-        rotate_token(on.query, t, angles, on.dim);
-        rotate_token(on.key, t, angles, on.dim);
+        const float* angles = on.cos_sin + on.positions[t] * on.rotary_dim;
+        rotate_token(on.query, t, angles, on.rotary_dim);
+        rotate_token(on.key, t, angles, on.rotary_dim);
       }
       write_token(on, t);
     }

@@ -1,18 +1,18 @@
-// silu(gate) * up; see octavo/kernels/silu_mul.py for the contract.
+// activation(gate) * up; see octavo/kernels/silu_mul.py and gelu_tanh_mul.py for the contracts.
 #include "lanes.h"
 
 namespace octavo {
 
 template <class T>
-struct SiluMulCall {
+struct GateCall {
   const T* x;  // [rows, 2 * width], rows x_stride apart
   int64_t x_stride;
   T* out;  // [rows, width]
   int64_t rows, width, threads;
 };
 
-template <class T>
-static void silu_mul(const SiluMulCall<T>& on) {
+template <Lanes (*ACTIVATION)(Lanes), class T>
+static void gate(const GateCall<T>& on) {
 #pragma omp parallel num_threads(on.threads) if (on.rows * on.width > 16384)
   {
     const Range mine = my_share(on.rows);
@@ -20,7 +20,7 @@ static void silu_mul(const SiluMulCall<T>& on) {
       const T *gate = on.x + r * on.x_stride, *up = gate + on.width;
       for (int64_t i = 0; i < on.width; i += LANES) {
         const int count = int(std::min<int64_t>(LANES, on.width - i));
-        const Lanes gated = silu(load_first(gate + i, count)) * load_first(up + i, count);
+        const Lanes gated = ACTIVATION(load_first(gate + i, count)) * load_first(up + i, count);
         store_first(on.out + r * on.width + i, gated, count);
       }
     }
@@ -29,9 +29,15 @@ static void silu_mul(const SiluMulCall<T>& on) {
 
 }  // namespace octavo
 
-OCTAVO_EXPORT void octavo_silu_mul_bf16(const octavo::SiluMulCall<octavo::bf16>* call) {
-  octavo::silu_mul(*call);
+OCTAVO_EXPORT void octavo_silu_mul_bf16(const octavo::GateCall<octavo::bf16>* call) {
+  octavo::gate<octavo::silu>(*call);
 }
-OCTAVO_EXPORT void octavo_silu_mul_fp32(const octavo::SiluMulCall<float>* call) {
-  octavo::silu_mul(*call);
+OCTAVO_EXPORT void octavo_silu_mul_fp32(const octavo::GateCall<float>* call) {
+  octavo::gate<octavo::silu>(*call);
+}
+OCTAVO_EXPORT void octavo_gelu_tanh_mul_bf16(const octavo::GateCall<octavo::bf16>* call) {
+  octavo::gate<octavo::gelu_tanh>(*call);
+}
+OCTAVO_EXPORT void octavo_gelu_tanh_mul_fp32(const octavo::GateCall<float>* call) {
+  octavo::gate<octavo::gelu_tanh>(*call);
 }
