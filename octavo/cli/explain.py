@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     options = engine_options(arguments)
     checkpoint = locate(options.model)
     facts = device_facts(options.device.device)
-    config = resolve(options, read_model_config(checkpoint), facts)
+    model_config = read_model_config(checkpoint, options.loading.model_impl)
+    config = resolve(options, model_config, facts)
     if arguments.kernels:
         from octavo.models.weightless import kernel_reports
 

@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
     facts, major = planned_device(name, arguments.device_memory_gib)
     options = EngineOptions.from_flat(arguments.model, values)
     checkpoint = locate(options.model)
-    config = resolve(options, read_model_config(checkpoint), facts)
+    model_config = read_model_config(checkpoint, options.loading.model_impl)
+    config = resolve(options, model_config, facts)
     budget = device_budget(facts, major=major, utilization=config.gpu_memory_utilization)
     plan = plan_memory(config, budget)
     print(f"{checkpoint.name} on {budget.name}, {config.dtype}, before anything is loaded\n")
@@ -142,6 +143,8 @@ def as_text(plan: MemoryPlan, config: ResolvedConfig) -> str:
         columns = f"{indent + name:{width}}  {num_bytes / MIB:10,.1f} MiB  {share:6.1%}"
         lines.append(f"{columns}  {bar:{BAR_WIDTH}}  {reason}")
     texts = ["\n".join(lines), _kv_text(plan), _step_text(plan, config), _fits_text(plan)]
+    if config.model.is_bridged:
+        texts.append("transformers' modules run this model: weights and steps are estimates")
     return "\n\n".join(texts)
 
 
@@ -158,12 +161,17 @@ def _step_text(plan: MemoryPlan, config: ResolvedConfig) -> str:
     num_tokens, num_seqs = largest_step(config)
     lines = [
         f"largest step: {num_tokens:,} tokens of {num_seqs:,} sequences, "
-        f"which all draw a token; its peak is at: {plan.peak.name}"
+        f"{_purpose(config)}; its peak is at: {plan.peak.name}"
     ]
     for tensor in plan.peak.tensors:
         shape = " x ".join(f"{size:,}" for size in tensor.shape)
         lines.append(f"  {tensor.num_bytes / MIB:10,.1f} MiB  {tensor.name} [{shape}]")
     return "\n".join(lines)
+
+
+def _purpose(config: ResolvedConfig) -> str:
+    """What the sequences of the largest step are for."""
+    return "which become a vector each" if config.model.is_encoder else "which all draw a token"
 
 
 def _fits_text(plan: MemoryPlan) -> str:
@@ -173,6 +181,11 @@ def _fits_text(plan: MemoryPlan) -> str:
             "or lower max_num_batched_tokens, max_num_seqs or kv_cache_memory_bytes"
         )
     context = plan.largest_context
+    if not plan.kv_bytes_per_token:
+        return (
+            f"what fits: prompts of {context:,} tokens, bound by max_model_len; nothing of them is "
+            "kept"
+        )
     bound = "max_model_len" if context == plan.max_model_len else "the KV cache"
     lines = [
         f"what fits in {plan.num_kv_tokens:,} tokens of KV cache",
@@ -188,6 +201,8 @@ def _fits_text(plan: MemoryPlan) -> str:
 
 
 def _mix_capacity(plan: MemoryPlan, mix: Sequence[LengthClass]) -> MixCapacity:
+    if not plan.kv_bytes_per_token:
+        raise ConfigError("--lengths shares a KV cache out, and an encoder has none; leave it out")
     longest = max(one.num_tokens for one in mix)
     if longest > plan.largest_context:
         raise ConfigError(
@@ -230,7 +245,7 @@ def as_json(plan: MemoryPlan, capacity: MixCapacity | None) -> dict[str, Any]:
     )
     found = dataclasses.asdict(plan) | {name: getattr(plan, name) for name in derived}
     found["peak"] = plan.peak.name
-    if plan.largest_context:
+    if plan.largest_context and plan.kv_bytes_per_token:
         found["num_sequences_at_largest_context"] = plan.pool.num_sequences(plan.largest_context)
     if capacity is not None:
         found["mix"] = dataclasses.asdict(capacity)

@@ -13,6 +13,7 @@ from octavo.config import locate
 from octavo.engine import AsyncEngine, EngineProcess
 from octavo.errors import ConfigError
 from octavo.text import load_tokenizer
+from octavo.vision.prompts import load_image_reader
 
 HELP = "answer a file of requests in OpenAI's batch format"
 CONCURRENCY = 512
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
             load_tokenizer(checkpoint),
             model_name=checkpoint.name,
             max_num_queued_reqs=arguments.concurrency,
+            images=load_image_reader(checkpoint, model_impl=options.loading.model_impl),
         )
         num_answers, num_failed = asyncio.run(
             _answer_all(engine, source, target, done, arguments.concurrency)

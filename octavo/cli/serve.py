@@ -1,6 +1,7 @@
 """`octavo serve`: the OpenAI-compatible server, with the engine in a process of its own."""
 
 import argparse
+import gc
 import logging
 import os
 import socket
@@ -16,6 +17,7 @@ from octavo.engine.logs import configure_logs
 from octavo.errors import ConfigError, OctavoError
 from octavo.server.config import ServerConfig
 from octavo.text import NoTokenizer, load_tokenizer
+from octavo.vision.prompts import load_image_reader
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,9 @@ CURL = """\
 curl {url}/v1/chat/completions -H 'Content-Type: application/json' \\
   -d '{{"messages": [{{"role": "user", "content": "What is the capital of France?"}}],
        "temperature": 0}}'"""
+CURL_OF_ENCODER = """\
+curl {url}/rerank -H 'Content-Type: application/json' \\
+  -d '{{"query": "What is a dog?", "documents": ["stocks fell", "a puppy is a young dog"]}}'"""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -67,13 +72,16 @@ def _run(arguments: argparse.Namespace, config: ServerConfig) -> int:
             NoTokenizer() if options.loading.skip_tokenizer_init else load_tokenizer(checkpoint),
             model_name=checkpoint.name,
             max_num_queued_reqs=options.scheduler.max_num_queued_reqs,
+            images=load_image_reader(checkpoint, model_impl=options.loading.model_impl),
         )
 
         @asynccontextmanager
         async def lifespan() -> AsyncIterator[None]:
             await engine.start(print_phase)
+            gc.freeze()  # to look at all that is here now would hold every stream up for 0.1 s
             print(f"  {'ready after':<28}{seconds_since_start():6.2f} s")
-            print(f"\nListening on {url}\nTry it:\n  {CURL.format(url=url)}\n", flush=True)
+            example = CURL if engine.model.tasks.generates else CURL_OF_ENCODER
+            print(f"\nListening on {url}\nTry it:\n  {example.format(url=url)}\n", flush=True)
             yield
             await engine.stop()
 

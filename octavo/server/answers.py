@@ -13,10 +13,16 @@ from typing import cast
 
 from starlette.types import Receive
 
-from octavo.core import FinishReason, RequestOptions, SamplingParams
+from octavo.core import (
+    FailureCode,
+    FinishReason,
+    PoolingParams,
+    RequestOptions,
+    SamplingParams,
+)
 from octavo.engine import ServingEngine, TextDelta
 from octavo.errors import OverloadedError, RequestError
-from octavo.server.errors import ClientDisconnected, ErrorReply, HttpError, unavailable
+from octavo.server.errors import ClientDisconnected, HttpError, failed, unavailable
 from octavo.server.metrics import ServerMetrics
 from octavo.server.prompts import Prompt
 
@@ -30,11 +36,21 @@ class Tally:
     num_cached_tokens: int = 0  # of the prompt
     queue_time_s: float = 0.0  # this and the next as the engine measured them
     prefill_time_s: float = 0.0
-    first_token_s: float = 0.0
+    first_token_s: float = 0.0  # or when the prompt was computed, where there are no tokens
     last_token_s: float = 0.0
     finish_reason: FinishReason | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What the engine is to do with each prompt."""
+
+    sampling: SamplingParams
+    options: RequestOptions
+    pooling: PoolingParams | None = None
+
+
+_DONE = (FinishReason.STOP, FinishReason.LENGTH)
 Batch = list[tuple[int, TextDelta]]  # choice index (prompt * n + i) and what came for it
 
 
@@ -50,20 +66,20 @@ class Answers:
         self,
         engine: ServingEngine,
         prompts: Sequence[Prompt],
-        sampling: SamplingParams,
+        task: Task,
         *,
-        options: RequestOptions,
         response_id: str,
         metrics: ServerMetrics,
         arrival_s: float,
         max_unread_deltas: int,
     ):
         self.prompts = prompts
-        self.num_per_prompt = sampling.n
-        self.tallies = [Tally(len(p.token_ids)) for p in prompts for _ in range(sampling.n)]
+        self.num_per_prompt = task.sampling.n
+        self.tallies = [
+            Tally(len(p.token_ids)) for p in prompts for _ in range(self.num_per_prompt)
+        ]
         self._engine = engine
-        self.sampling = sampling
-        self._options = options
+        self.task = task
         self.response_id = response_id
         self._metrics = metrics
         self.arrival_s = arrival_s
@@ -179,8 +195,15 @@ class Answers:
 
     def _deltas(self, prompt_index: int) -> AsyncGenerator[TextDelta, None]:
         request_id = f"{self.response_id}-{prompt_index}"
-        token_ids = self.prompts[prompt_index].token_ids
-        deltas = self._engine.generate(request_id, token_ids, self.sampling, self._options)
+        prompt, task = self.prompts[prompt_index], self.task
+        deltas = self._engine.generate(
+            request_id,
+            prompt.token_ids,
+            task.sampling,
+            task.options,
+            pooling=task.pooling,
+            images=prompt.images,
+        )
         return cast("AsyncGenerator[TextDelta, None]", deltas)  # "closing the iterator aborts"
 
     def _of_prompt(self, prompt_index: int) -> list[Tally]:
@@ -198,18 +221,24 @@ class Answers:
             tally.last_token_s = now
             tally.num_tokens += len(delta.token_ids)
             tally.num_cached_tokens += delta.num_cached_tokens
+        elif delta.finish_reason in _DONE and not tally.num_tokens:  # only the prompt was wanted
+            self._note_prefill(tally, delta, time.monotonic())
+            tally.num_cached_tokens += delta.num_cached_tokens
         if delta.finish_reason is not None:
             self._finish(tally, delta.finish_reason)
             if delta.finish_reason is FinishReason.ERROR:
-                raise _failure(delta.error or "the answer failed")
+                raise _failure(delta.error or "the answer failed", delta.error_code)
             if delta.finish_reason is FinishReason.ABORT:
                 raise _cancelled()
 
     def _note_first(self, tally: Tally, delta: TextDelta, now_s: float) -> None:
-        tally.first_token_s = now_s
+        self._metrics.time_to_first_token.observe(now_s - self.arrival_s)
+        self._note_prefill(tally, delta, now_s)
+
+    def _note_prefill(self, tally: Tally, delta: TextDelta, now_s: float) -> None:
+        tally.first_token_s = tally.last_token_s = now_s
         tally.queue_time_s, tally.prefill_time_s = delta.queue_time_s, delta.prefill_time_s
         metrics = self._metrics
-        metrics.time_to_first_token.observe(now_s - self.arrival_s)
         metrics.request_queue_time.observe(delta.queue_time_s)
         metrics.request_prefill_time.observe(delta.prefill_time_s)
 
@@ -237,8 +266,8 @@ class Answers:
                 task.cancel()
 
 
-def _failure(message: str) -> HttpError:
-    return HttpError(ErrorReply(500, message, "server_error", None, "generation_failed"))
+def _failure(message: str, code: FailureCode = FailureCode.GENERATION_FAILED) -> HttpError:
+    return HttpError(failed(message, code))
 
 
 def _cancelled() -> HttpError:

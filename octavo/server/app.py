@@ -25,11 +25,14 @@ from octavo.server.keys import KeyRing, Scope
 from octavo.server.limits import Limits
 from octavo.server.metrics import ServerMetrics
 from octavo.server.middleware import Books, Gate, Watched, Watcher, guard
+from octavo.server.routes_embeddings import EmbeddingRoutes
 from octavo.server.routes_kserve import KServeRoutes
 from octavo.server.routes_openai import OpenAIRoutes
 from octavo.server.routes_ops import OpsRoutes
 from octavo.server.routes_pages import PageRoutes
 from octavo.server.routes_responses import ResponsesRoutes
+from octavo.server.routes_scoring import ScoringRoutes
+from octavo.server.routes_sleep import SleepRoutes
 from octavo.server.routes_tgi import TGIRoutes
 from octavo.server.routes_tokenize import TokenizeRoutes
 from octavo.server.state import Route, ServerState
@@ -78,7 +81,7 @@ def create_app(
     labels: dict[object, str] = {}
     public: set[tuple[str, str]] = set()
     for route in chain.from_iterable(route_table(state).values()):
-        guarded = guard(route.handler, route.scope)
+        guarded = guard(route, state)
         app.add_route(route.path, guarded, methods=[route.method])
         labels[guarded] = route.path
         public |= {(route.method, route.path)} if route.scope is Scope.PUBLIC else set()
@@ -100,11 +103,12 @@ def route_table(state: ServerState) -> dict[str, list[Route]]:
     """All routes, by the name of the surface that they belong to."""
     table = {
         "OpenAI": OpenAIRoutes(state).routes(),
+        "Embeddings": [*EmbeddingRoutes(state).routes(), *ScoringRoutes(state).routes()],
         "Responses": ResponsesRoutes(state).routes(),
         "Tokens": TokenizeRoutes(state).routes(),
         "Text Generation Inference": TGIRoutes(state).routes(),
         "KServe and Triton": KServeRoutes(state).routes(),
-        "Operations": OpsRoutes(state).routes(),
+        "Operations": [*OpsRoutes(state).routes(), *SleepRoutes(state).routes()],
     }
     # The pages show the whole table, themselves included: they read it when they are asked.
     table["Pages"] = PageRoutes(state, table).routes()

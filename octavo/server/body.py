@@ -76,7 +76,15 @@ def decode(body: bytes, decoder: "msgspec.json.Decoder[T]") -> T:
         raise bad_request("the body is not valid JSON", code="invalid_json") from None
 
 
-def _wrong_field(text: str) -> HttpError:
+def decode_query(request: Request, kind: type[T]) -> T:
+    """The query string as this type, whose fields are numbers and words; errors name the field."""
+    try:
+        return msgspec.convert(dict(request.query_params), kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _wrong_field(str(error), "the query") from None
+
+
+def _wrong_field(text: str, whole: str = "the body") -> HttpError:
     """Turn msgspec's "Expected `int`, got `str` - at `$.prompt[3]`" into OpenAI's error object."""
     problem, _, path = text.partition(" - at `$")
     path = path.rstrip("`").removeprefix(".")
@@ -86,5 +94,5 @@ def _wrong_field(text: str) -> HttpError:
         return bad_request(f"{path} is required", param=path)
     problem = problem[:1].lower() + problem[1:].replace("`", "")
     if not path:
-        return bad_request(f"the body: {problem}")
+        return bad_request(f"{whole}: {problem}")
     return bad_request(f"{path}: {problem}", param=_TRAILING_INDEXES.sub("", path))

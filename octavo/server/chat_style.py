@@ -84,8 +84,8 @@ class ChatStyle:
 
         return parser
 
-    def check_tools(self, tools: OfferedTools | None) -> None:
-        """Refuse tools that the model would not hear of."""
+    def check_tools(self, tools: OfferedTools | Sequence[Mapping[str, Any]] | None) -> None:
+        """Refuse tools, or their definitions, that the model would not hear of."""
         if tools is not None and self.tool_parser is None:
             raise bad_request(
                 "this model's chat template writes no tools into the prompt: serve a model whose "

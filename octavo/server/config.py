@@ -5,6 +5,7 @@ Command-line flags and the reference page are made from these fields and their h
 
 from dataclasses import dataclass, field
 
+from octavo.core import POOLING_TYPES, PoolingType
 from octavo.engine.logs import LOG_FORMATS
 from octavo.errors import ConfigError
 
@@ -59,8 +60,25 @@ class ServerConfig:
             "choices": ("auto", "think", "off"),
         },
     )
+    pooling: PoolingType | None = field(
+        default=None,
+        metadata={
+            "help": "what vectors of /v1/embeddings are made of, where a request does not say: the "
+            "hidden state of the last or the first token, or the mean over all; default: as the "
+            "model was made",
+            "choices": POOLING_TYPES,
+        },
+    )
     max_request_bytes: int = field(
         default=16 * 2**20, metadata={"help": "larger request bodies are refused while reading"}
+    )
+    allowed_media_domains: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "hosts that images are fetched from, as host or host:port; nothing is fetched "
+            "where none is named, and never from an address inside a network that is not named "
+            "itself"
+        },
     )
     max_prompts: int = field(
         default=1024, metadata={"help": "prompts that one completions request may hold"}
@@ -144,6 +162,12 @@ class ServerConfig:
             raise ConfigError("HTTPS needs both ssl_certfile and ssl_keyfile")
         if self.usage_file is not None and self.api_key_file is None:
             raise ConfigError("usage_file counts the use of keys: give api_key_file, too")
+        for host in self.allowed_media_domains:
+            if not host or host != host.lower() or "/" in host or "*" in host:
+                raise ConfigError(
+                    f"allowed_media_domains takes hosts in lower case, such as images.example.com "
+                    f"or 127.0.0.1:9000, got {host!r}"
+                )
         if "" in self.served_model_name:
             raise ConfigError("served_model_name must not be empty")
         if self.watchdog_action not in ("exit", "log"):
@@ -158,6 +182,9 @@ class ServerConfig:
             raise ConfigError(
                 f"reasoning_parser must be auto, think or off, got {self.reasoning_parser!r}"
             )
+        if self.pooling is not None and self.pooling not in POOLING_TYPES:
+            known = ", ".join(POOLING_TYPES)
+            raise ConfigError(f"pooling must be one of {known}, got {self.pooling!r}")
         endpoint = self.otlp_traces_endpoint
         if endpoint is not None and not endpoint.startswith(("http://", "https://")):
             raise ConfigError(

@@ -89,6 +89,7 @@ class _Guest:
     prefill_s: float = 0.0
     decode_s: float = 0.0
     num_tokens: int = 0
+    has_begun: bool = False  # some prompt of it is computed
 
 
 class CostBook(Collector):
@@ -189,13 +190,14 @@ class CostBook(Collector):
 
     def _weigh(self, guest: _Guest) -> None:
         """Add what a guest did since it was weighed last."""
-        tallies = [tally for tally in guest.answers.tallies if tally.num_tokens]
+        tallies = [tally for tally in guest.answers.tallies if tally.first_token_s]
         prefill_s = sum(tally.prefill_time_s for tally in tallies)
         decode_s = sum(tally.last_token_s - tally.first_token_s for tally in tallies)
         num_prompt_tokens, num_tokens = guest.answers.num_tokens
         self._add(guest.tenant, PREFILL, prefill_s - guest.prefill_s)
         self._add(guest.tenant, DECODE, decode_s - guest.decode_s)
-        if num_tokens and not guest.num_tokens:
+        if tallies and not guest.has_begun:
+            guest.has_begun = True
             self._num_tokens[PREFILL] += num_prompt_tokens
         self._num_tokens[DECODE] += num_tokens - guest.num_tokens
         guest.prefill_s, guest.decode_s, guest.num_tokens = prefill_s, decode_s, num_tokens

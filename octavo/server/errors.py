@@ -4,7 +4,9 @@
     missing or wrong key                401                       authentication_error
     a key without the route's scope     403                       permission_error
     a key that used too much            429                       rate_limit_error
-    overload, drain, dead engine        503                       server_error
+    overload, drain, sleep, dead engine,
+    an answer that memory ran out for   503                       server_error
+    a deadline that passed in the queue 504                       server_error
     anything else                       500                       server_error, text withheld
 
 Only the texts of `RequestError` and of this package reach clients: others may hold paths.
@@ -19,7 +21,14 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.errors import EngineDeadError, OverloadedError, RequestError, UnknownModelError
+from octavo.core import FailureCode
+from octavo.errors import (
+    EngineDeadError,
+    OverloadedError,
+    RequestError,
+    SleepingError,
+    UnknownModelError,
+)
 from octavo.server.allowance import AllowanceError
 
 logger = logging.getLogger(__name__)
@@ -81,6 +90,14 @@ def unavailable(message: str, code: str, *, retry_after_s: float | None = None) 
     return ErrorReply(503, message, "server_error", None, code, headers)
 
 
+def failed(message: str, code: FailureCode) -> ErrorReply:
+    """An answer that the engine ended with an error."""
+    if code is FailureCode.OUT_OF_MEMORY:
+        return unavailable(f"{message}; try again later", code.value, retry_after_s=1.0)
+    status = 504 if code is FailureCode.DEADLINE_EXCEEDED else 500
+    return ErrorReply(status, message, "server_error", None, code.value)
+
+
 def reply_to(error: Exception) -> ErrorReply:
     """What the client is told of an exception."""
     match error:
@@ -90,6 +107,8 @@ def reply_to(error: Exception) -> ErrorReply:
             status = 404 if isinstance(error, UnknownModelError) else 400
             kind = "invalid_request_error"
             return ErrorReply(status, str(error), kind, error.param, error.code)
+        case SleepingError():
+            return unavailable(str(error), "sleeping", retry_after_s=error.retry_after_s)
         case OverloadedError():
             return unavailable(
                 f"the server is overloaded: {error}; try again later",

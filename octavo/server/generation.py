@@ -13,9 +13,10 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from octavo.core import RequestOptions, SamplingParams, resolve_max_tokens
+from octavo.core import PoolingParams, RequestOptions, SamplingParams, resolve_max_tokens
+from octavo.errors import RequestError
 from octavo.server.allowance import UNBOUNDED
-from octavo.server.answers import Answers
+from octavo.server.answers import Answers, Task
 from octavo.server.errors import ErrorReply, HttpError, bad_request
 from octavo.server.generation_response import GenerationResponse
 from octavo.server.keys import ApiKey
@@ -32,15 +33,22 @@ def shape_options(
     model: str,
     return_token_ids: bool = False,
     include_usage: bool = False,
+    shows_prompt: bool = False,
 ) -> ShapeOptions:
-    """What the response will have to show; refuses what could not be answered."""
+    """What the response will have to show; refuses what could not be answered.
+
+    shows_prompt: there is something to be seen even if no token is generated.
+    """
+    if sampling.max_tokens == 0 and not shows_prompt:
+        raise RequestError("max_tokens must be an integer at least 1, got 0", param="max_tokens")
     if len(prompts) * sampling.n > state.limits.max_choices:
         message = f"prompts times n must be at most {state.limits.max_choices}"
         raise bad_request(message, param="n")
     served = state.engine.model
-    if sampling.logprobs is not None and not served.has_text:
-        message = "logprobs spell tokens, and no tokenizer is loaded (skip_tokenizer_init)"
-        raise bad_request(message, param="logprobs")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(sampling, name) is not None and not served.has_text:
+            message = f"{name} spell tokens, and no tokenizer is loaded (skip_tokenizer_init)"
+            raise bad_request(message, param=name)
     for prompt in prompts:
         resolve_max_tokens(len(prompt.token_ids), sampling.max_tokens, served.max_model_len)
     return ShapeOptions(
@@ -63,6 +71,7 @@ def generate(
     options: RequestOptions,
     stream: bool,
     arrival_s: float | None = None,
+    pooling: PoolingParams | None = None,
 ) -> Response:
     """The response to a request; the engine hears of it when the response is sent."""
     key, max_model_len = key_of(request), state.engine.model.max_model_len
@@ -71,8 +80,7 @@ def generate(
     answers = Answers(
         state.engine,
         prompts,
-        sampling,
-        options=_of_tenant(options, key),
+        Task(sampling, _of_tenant(options, key), pooling),
         response_id=shape.id,
         metrics=state.metrics,
         arrival_s=time.monotonic() if arrival_s is None else arrival_s,

@@ -1,16 +1,32 @@
 """uvicorn's HTTP/1.1 connection, with the two timers it lacks. Knows no requests.
 
 Headers that trickle in (slow loris) end the connection, and so does a client that stops reading:
-its generation is aborted as if it had hung up. Header sizes are bounded by h11 itself.
+its generation is aborted as if it had hung up. Header sizes are bounded by h11 itself. What is no
+HTTP ends the connection too, and is nothing that the log of an operator should fill with.
 """
 
 import asyncio
+import logging
+from typing import Any
 
+import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from octavo.server.limits import Limits
 
 _TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class _ClientsFaults(logging.LoggerAdapter[logging.Logger]):
+    """A connection's log, where all that uvicorn warns of are clients' mistakes: for debugging."""
+
+    @property
+    def level(self) -> int:
+        """Of the log itself: uvicorn asks."""
+        return self.logger.level
+
+    def warning(self, msg: object, *args: object, **options: Any) -> None:
+        self.debug(msg, *args, **options)
 
 
 class TimedHttpProtocol(H11Protocol):
@@ -19,6 +35,10 @@ class TimedHttpProtocol(H11Protocol):
     limits: Limits
     _read_timer: asyncio.TimerHandle | None = None
     _write_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.logger = _ClientsFaults(self.logger, {})  # type: ignore[assignment]
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -35,6 +55,13 @@ class TimedHttpProtocol(H11Protocol):
             self._expect_headers()
         else:
             self._stop_read_timer()
+
+    def send_400_response(self, msg: str) -> None:
+        """Tell who speaks no HTTP, unless the answer has been given already, and hang up."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -36,6 +36,10 @@ class Limits:
     tool_name_pattern: str = "[a-zA-Z0-9_-]{1,64}"
     max_tool_calls: int = 128  # in one message of the conversation
     max_template_kwargs_bytes: int = 64 * 2**10  # as JSON
+    max_images: int = 16  # in one conversation
+    max_image_pixels: int = 2**26  # of all of them together: 192 MiB decoded
+    allowed_media_domains: tuple[str, ...] = ()  # hosts that images are fetched from
+    media_timeout_s: float = 10.0  # for all images of a request to be fetched
     max_json_depth: int = 32  # of schemas of tools, arguments of calls, chat_template_kwargs
 
     @classmethod
@@ -47,6 +51,7 @@ class Limits:
             write_timeout_s=config.write_timeout_s,
             max_prompts=config.max_prompts,
             max_stored_responses=config.max_stored_responses,
+            allowed_media_domains=config.allowed_media_domains,
         )
 
     def max_prompt_chars(self, max_model_len: int) -> int:

@@ -19,7 +19,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from octavo import __version__
-from octavo.core import EngineStats, FinishReason
+from octavo.core import EngineStats, FinishReason, SleepReport
 from octavo.engine import ServingEngine
 from octavo.errors import EngineDeadError
 from octavo.server.watchdog import State
@@ -27,6 +27,9 @@ from octavo.server.watchdog import State
 PREFIX = "octavo_"
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 10.0)
 _SLOW_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
+_AWAKE = SleepReport(
+    level=0, kv_cache_bytes=0, weight_bytes=0, host_weight_bytes=0, freed_bytes=0, seconds=0.0
+)
 _TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 
 
@@ -120,6 +123,7 @@ class _EngineMetrics(Collector):
         stats = self._engine.stats()
         yield _gauge("engine_up", "1 while the engine can answer", _is_alive(self._engine))
         yield from _gauges(stats)
+        yield from _sleep(self._engine.rest.report)
         yield from _counters(stats)
 
 
@@ -169,6 +173,19 @@ def _gauges(stats: EngineStats) -> Iterator[Metric]:
     for reason, count in stats.waiting_by_reason.items():
         by_reason.add_metric([reason], count)
     yield by_reason
+
+
+def _sleep(report: SleepReport | None) -> Iterator[Metric]:
+    report = report or _AWAKE
+    yield _gauge("sleep_level", "How deep the engine sleeps; 0: awake", report.level)
+    given_up = GaugeMetricFamily(
+        PREFIX + "sleep_released_bytes",
+        "What a sleeping engine has given up, by what it held",
+        labels=["memory"],
+    )
+    given_up.add_metric(["kv_cache"], report.kv_cache_bytes)
+    given_up.add_metric(["weights"], report.weight_bytes)
+    yield given_up
 
 
 def _counters(stats: EngineStats) -> Iterator[Metric]:

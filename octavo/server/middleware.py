@@ -21,7 +21,7 @@ from octavo.server.errors import ErrorReply, HttpError, log_failure, reply_to, u
 from octavo.server.keys import ApiKey
 from octavo.server.keys import Scope as KeyScope
 from octavo.server.limits import MAX_HEADERS, MAX_REQUEST_ID_CHARS
-from octavo.server.state import Handler, ServerState, key_of
+from octavo.server.state import Handler, Route, ServerState, key_of
 
 Watcher = Callable[[Scope, Answers], AbstractContextManager[None]]
 
@@ -173,17 +173,24 @@ class Gate:
         return scope.get("octavo.key") is not None
 
 
-def guard(handler: Handler, scope: KeyScope) -> Handler:
-    """The handler behind a check of what the request's key is good for, and how often."""
+def guard(route: Route, state: ServerState) -> Handler:
+    """The route's handler behind a check of what the request's key is good for, and how often.
+
+    While the engine's queue is full, what would wait in it is refused here, before its body is read
+    or a text of it tokenized: overload costs those least who are being answered.
+    """
+    scope = route.scope
+    waits = scope is KeyScope.INFERENCE and route.method == "POST" and route.queues
 
     async def guarded(request: Request) -> Response:
         key = key_of(request)
-        if key is not None and scope is not KeyScope.PUBLIC:
-            if scope not in key.scopes:
-                message = f"this key is not for {scope} routes"
-                raise HttpError(ErrorReply(403, message, "permission_error", None, "wrong_scope"))
-            if scope is KeyScope.INFERENCE and request.method == "POST":
-                key.allowance.admit()
-        return await handler(request)
+        if key is not None and scope is not KeyScope.PUBLIC and scope not in key.scopes:
+            message = f"this key is not for {scope} routes"
+            raise HttpError(ErrorReply(403, message, "permission_error", None, "wrong_scope"))
+        if waits:
+            state.engine.check_room()
+        if key is not None and scope is KeyScope.INFERENCE and request.method == "POST":
+            key.allowance.admit()
+        return await route.handler(request)
 
     return guarded

@@ -67,8 +67,11 @@ class ChatShape(ChoiceShape):
     def response(self, pieces: Sequence[Piece], tallies: Sequence[Tally]) -> dict[str, Any]:
         """The whole response, without streaming."""
         response = super().response(pieces, tallies)
+        [prompt], num_top = self.options.prompts, self.options.num_prompt_logprobs
         if self.options.return_token_ids:
-            response["prompt_token_ids"] = self.options.prompts[0].token_ids
+            response["prompt_token_ids"] = prompt.token_ids
+        if num_top is not None and (scores := pieces[0].prompt_logprobs) is not None:
+            response["prompt_logprobs"] = self.logprobs.prompt(prompt.token_ids, scores, num_top)
         return response
 
 

@@ -17,9 +17,12 @@ class LogprobShaper:
         self._texts: dict[int, str] = {}
 
     def completion(
-        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], *, offset: int
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], *, offset: int
     ) -> dict[str, Any]:
-        """Four parallel lists; `offset` is where, in the answer's text, the first token begins."""
+        """Four parallel lists; `offset` is where, in the answer's text, the first token begins.
+
+        A token without log-probabilities, the first one of a prompt, has null in two of them.
+        """
         tokens = [self.text_of(token_id) for token_id in token_ids]
         offsets = []
         for token in tokens:
@@ -27,14 +30,39 @@ class LogprobShaper:
             offset += len(token)
         return {
             "tokens": tokens,
-            "token_logprobs": [max(entry.logprob, _FLOOR) for entry in logprobs],
+            "token_logprobs": [entry and max(entry.logprob, _FLOOR) for entry in logprobs],
             "top_logprobs": [
-                {self.text_of(i): max(logprob, _FLOOR) for i, logprob in entry.top}
+                entry
+                and {self.text_of(i): max(logprob, _FLOOR) for i, logprob in entry.top}
                 | {token: max(entry.logprob, _FLOOR)}
                 for token, entry in zip(tokens, logprobs, strict=True)
             ],
             "text_offset": offsets,
         }
+
+    def prompt(
+        self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs], num_top: int
+    ) -> list[dict[str, Any] | None]:
+        """vLLM's list: null for the first token, then objects by token id, in decimal digits.
+
+        Each holds the prompt's token and the `num_top` likeliest ones in its place.
+        """
+        entries: list[dict[str, Any] | None] = [None]
+        for token_id, entry in zip(token_ids[1:], logprobs, strict=True):
+            ranked = {token_id: (entry.logprob, entry.rank)}
+            for rank, (other, logprob) in enumerate(entry.top[:num_top], start=1):
+                ranked.setdefault(other, (logprob, rank))
+            entries.append(
+                {
+                    str(i): {
+                        "logprob": max(logprob, _FLOOR),
+                        "rank": rank,
+                        "decoded_token": self.text_of(i),
+                    }
+                    for i, (logprob, rank) in ranked.items()
+                }
+            )
+        return entries
 
     def num_chars(self, token_ids: Sequence[int]) -> int:
         """Characters that `completion` counts for these tokens."""

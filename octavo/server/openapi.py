@@ -14,12 +14,14 @@ from typing import Any
 
 import msgspec
 
-from octavo.core import RequestOptions, SamplingParams
+from octavo.core import PoolingParams, RequestOptions, SamplingParams
 from octavo.server.keys import Scope
 from octavo.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 from octavo.server.responses_protocol import ResponsesRequest
+from octavo.server.routes_embeddings import EmbeddingRequest
 from octavo.server.routes_kserve import GenerateRequest as KServeRequest
 from octavo.server.routes_kserve import InferRequest
+from octavo.server.routes_scoring import RerankRequest, ScoreRequest
 from octavo.server.routes_tgi import GenerateRequest as TGIRequest
 from octavo.server.routes_tokenize import DetokenizeRequest, TokenizeRequest
 from octavo.server.state import JSON, Route
@@ -37,6 +39,9 @@ EXAMPLES: dict[type[msgspec.Struct], Mapping[str, object]] = {
         "temperature": 0,
     },
     ResponsesRequest: {"input": "What is the capital of France?", "temperature": 0},
+    EmbeddingRequest: {"input": ["The capital of France is Paris", "Bonjour"]},
+    ScoreRequest: {"text_1": "a large animal", "text_2": ["an elephant", "a mouse"]},
+    RerankRequest: {"query": "a large animal", "documents": ["an elephant", "a mouse"]},
     TokenizeRequest: {"prompt": "The capital of France is"},
     DetokenizeRequest: {"tokens": [72, 101, 108, 108, 111]},
     TGIRequest: {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 16}},
@@ -89,9 +94,13 @@ def document(surfaces: Surfaces) -> dict[str, Any]:
         _describe_fields(schema)
     body_schemas = dict(zip(bodies, references, strict=False))
     paths: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    handlers: list[object] = []
     for surface, of_surface in surfaces.items():
         for route in of_surface:
             operation = _operation(surface, route, references[-1])
+            if route.handler in handlers:  # ids are unique: of its further paths they name the path
+                operation["operationId"] += route.path.replace("/", ".")
+            handlers.append(route.handler)
             if route.body is not None:
                 operation["requestBody"] = _request_body(route.body, body_schemas[route.body])
             path = _PATH_PARAMETER.sub(r"{\1}", route.path)
@@ -125,12 +134,24 @@ def _operation(surface: str, route: Route, error: Schema) -> dict[str, Any]:
         "summary": text.partition(". ")[0].rstrip("."),
         "description": f"{text} Scope of the key: {scope}.",
         "security": [] if route.scope is Scope.PUBLIC else [{"key": [scope]}],
-        "parameters": [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-            for name in _PATH_PARAMETER.findall(route.path)
-        ],
+        "parameters": [*_path_parameters(route), *_query_parameters(route)],
         "responses": {"200": success} | refusals,
     }
+
+
+def _path_parameters(route: Route) -> Iterator[Schema]:
+    for name in _PATH_PARAMETER.findall(route.path):
+        yield {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+
+
+def _query_parameters(route: Route) -> Iterator[Schema]:
+    if route.query is None:
+        return
+    [schema] = msgspec.json.schema_components([route.query])[1].values()
+    meanings = field_meanings(route.query)
+    for name, field in schema["properties"].items():
+        meaning = meanings.get(name, "")
+        yield {"name": name, "in": "query", "description": meaning, "schema": field}
 
 
 def _refusals(route: Route) -> Iterator[tuple[str, str]]:
@@ -138,6 +159,8 @@ def _refusals(route: Route) -> Iterator[tuple[str, str]]:
     is_public, is_post = route.scope is Scope.PUBLIC, route.method == "POST"
     if route.body is not None:
         yield "400", "The body is wrong; `param` names the field."
+    elif route.query is not None:
+        yield "400", "The query is wrong; `param` names the field."
     if not is_public:
         yield "401", "No key, or one that the server does not know."
         yield "403", f"The key is not for {route.scope} routes, or is another tenant's."
@@ -149,7 +172,7 @@ def _refusals(route: Route) -> Iterator[tuple[str, str]]:
     if is_post and route.scope is Scope.INFERENCE:
         yield "429", "The key has used what it may; `Retry-After`, where present, says until when."
     if is_post and not is_public:
-        yield "503", "The server is overloaded, shuts down, or its engine is dead."
+        yield "503", "The server is overloaded, sleeps, shuts down, or its engine is dead."
     yield "default", "Any other failure."
 
 
@@ -180,7 +203,9 @@ def _describe_fields(schema: Schema) -> None:
 
 
 def _types(field: Schema) -> set[str]:
-    return {one["type"] for one in field.get("anyOf", [field]) if "type" in one} - {"null"}
+    kinds = field.get("anyOf", [field])
+    types = {one.get("type", "string" if "enum" in one else "null") for one in kinds}
+    return types - {"null"}
 
 
 def field_meanings(struct: type[msgspec.Struct]) -> dict[str, str]:
@@ -201,9 +226,14 @@ def field_meanings(struct: type[msgspec.Struct]) -> dict[str, str]:
     return meanings | pointers
 
 
-_MEANINGS = field_meanings(SamplingParams) | field_meanings(RequestOptions)
-_COMPONENTS = msgspec.json.schema_components(
-    [SamplingParams, RequestOptions], ref_template="#/components/schemas/{name}"
-)[1]
-_SAMPLING, _OPTIONS = _COMPONENTS["SamplingParams"], _COMPONENTS["RequestOptions"]
-_KNOWN_FIELDS: dict[str, Schema] = _SAMPLING["properties"] | _OPTIONS["properties"]
+_ENGINES = (SamplingParams, PoolingParams, RequestOptions)
+_MEANINGS = {name: text for one in _ENGINES for name, text in field_meanings(one).items()}
+_COMPONENTS = msgspec.json.schema_components(_ENGINES, ref_template="#/components/schemas/{name}")[
+    1
+]
+_SAMPLING = _COMPONENTS["SamplingParams"]
+_KNOWN_FIELDS: dict[str, Schema] = {
+    name: field
+    for schema in _COMPONENTS.values()
+    for name, field in schema.get("properties", {}).items()
+}

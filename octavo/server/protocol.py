@@ -83,14 +83,16 @@ class CompletionRequest(SamplingFields, kw_only=True):
     echo: bool | None = None
     best_of: int | None = None
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     add_special_tokens: bool | None = None
 
 
 class ContentPart(msgspec.Struct):
-    """A piece of a message. Only text is understood."""
+    """A piece of a message: text, or an image by its URL, in OpenAI's object or by itself."""
 
     type: str
     text: str | None = None
+    image_url: dict[str, Any] | str | None = None
 
 
 class CalledFunction(msgspec.Struct):
@@ -156,7 +158,9 @@ class ChatRequest(SamplingFields, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: list[Tool] | None = None
     tool_choice: str | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
@@ -172,7 +176,6 @@ _OTHER_NAMES_OF_SHAPES = (
 )
 _REFUSED: dict[str, Neutral] = {
     **dict.fromkeys(_OTHER_NAMES_OF_SHAPES, ()),
-    "prompt_logprobs": (),
     "prompt_embeds": (),
     "logits_processors": ([],),
 }
@@ -188,7 +191,6 @@ REFUSED_IN_CHAT = _REFUSED | {
     "verbosity": ("medium",),
     "chat_template": (),
     "documents": ([],),
-    "continue_final_message": (False,),
     "add_special_tokens": (False,),
     "echo": (False,),
     "best_of": (1,),
@@ -266,10 +268,7 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
     _check_stream_options(fields)
     if fields.best_of is not None and fields.best_of != (fields.n or 1):
         raise bad_request("best_of is supported only where it equals n", param="best_of")
-    if fields.echo and fields.logprobs is not None:
-        raise bad_request(
-            "logprobs together with echo are not supported: the prompt has none", param="logprobs"
-        )
+    _check_prompt_logprobs(fields)
     return fields
 
 
@@ -280,7 +279,17 @@ def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
     _check_stream_options(fields)
     if fields.top_logprobs is not None and not fields.logprobs:
         raise bad_request("top_logprobs needs logprobs to be true", param="top_logprobs")
+    _check_prompt_logprobs(fields)
     return fields
+
+
+def _check_prompt_logprobs(fields: CompletionRequest | ChatRequest) -> None:
+    if fields.stream and fields.prompt_logprobs is not None:
+        raise bad_request(
+            "prompt_logprobs come with whole responses: leave stream out, or, of "
+            "/v1/completions, take echo and logprobs, which stream",
+            param="prompt_logprobs",
+        )
 
 
 def _check_stream_options(fields: SamplingFields) -> None:
@@ -304,7 +313,12 @@ _SAME_IN_SAMPLING = tuple(
 
 
 def sampling_params(
-    fields: SamplingFields, limits: Limits, *, max_tokens: int | None, logprobs: int | None
+    fields: SamplingFields,
+    limits: Limits,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The sampling options of a request; `SamplingParams` refuses what is out of range."""
     given: dict[str, Any] = {}
@@ -318,7 +332,13 @@ def sampling_params(
     logit_bias = _logit_bias(fields.logit_bias, limits)
     shape = answer_shape(fields.response_format, fields.structured_outputs, limits)
     given["structured_outputs"] = shape
-    return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, logit_bias=logit_bias, **given)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logit_bias=logit_bias,
+        **given,
+    )
 
 
 def _logit_bias(raw: msgspec.Raw, limits: Limits) -> dict[int, float] | None:

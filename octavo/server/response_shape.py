@@ -31,6 +31,8 @@ class Piece:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None  # of all prompt tokens but the first
+    vector: bytes = b""
 
     @classmethod
     def joined(cls, deltas: Sequence[TextDelta]) -> "Piece":
@@ -40,6 +42,9 @@ class Piece:
             piece.token_ids.extend(delta.token_ids)
             piece.logprobs.extend(delta.logprobs or ())
             piece.finish_reason = delta.finish_reason or piece.finish_reason
+            if delta.prompt_logprobs is not None:
+                piece.prompt_logprobs = delta.prompt_logprobs
+            piece.vector = delta.vector or piece.vector
             piece.stop_reason = (
                 piece.stop_reason if delta.stop_reason is None else delta.stop_reason
             )
@@ -54,6 +59,7 @@ class ShapeOptions:
     prompts: Sequence[Prompt]
     num_per_prompt: int
     with_logprobs: bool
+    num_prompt_logprobs: int | None = None  # alternatives of each prompt token in vLLM's field
     return_token_ids: bool
     include_usage: bool
     has_text: bool = True  # without a tokenizer, each token is a chunk of its own, its text empty

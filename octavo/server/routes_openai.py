@@ -6,6 +6,7 @@ Each handler reads as the list of its steps; the steps are in the other modules.
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
 
@@ -84,11 +85,13 @@ class OpenAIRoutes:
         state = self._state
         fields = parse_completion(await read_json(request, state.limits), state.limits)
         name = state.check_model(fields.model)
+        num_echoed = fields.logprobs if fields.echo else None
         sampling = sampling_params(
             fields,
             state.limits,
             max_tokens=_or(fields.max_tokens, DEFAULT_COMPLETION_TOKENS),
             logprobs=fields.logprobs,
+            prompt_logprobs=_most(fields.prompt_logprobs, num_echoed),
         )
         reader = PromptReader(state.engine.model, state.limits)
         prompts = await reader.completion(
@@ -97,7 +100,9 @@ class OpenAIRoutes:
         prompts = truncated(prompts, fields.truncate_prompt_tokens, room=_room(sampling, state))
         options = _shape_options(state, fields, prompts, sampling, model=name)
         echoes = [self._echo(prompt, sampling) for prompt in prompts] if fields.echo else None
-        shape = CompletionShape(options, state.logprob_shaper, echoes=echoes)
+        shape = CompletionShape(
+            options, state.logprob_shaper, echoes=echoes, num_echo_logprobs=num_echoed
+        )
         return _generate(request, state, shape, sampling, fields, arrival_s=arrival_s)
 
     def _echo(self, prompt: Prompt, sampling: SamplingParams) -> str:
@@ -123,6 +128,7 @@ class OpenAIRoutes:
             prompt = await reader.chat(
                 fields.messages,
                 add_generation_prompt=_or(fields.add_generation_prompt, True),
+                continue_final_message=bool(fields.continue_final_message),
                 template_arguments=arguments_of_template(
                     fields.chat_template_kwargs, definitions, state.limits
                 ),
@@ -145,20 +151,23 @@ class OpenAIRoutes:
 
 def _shape_options(
     state: ServerState,
-    fields: SamplingFields,
+    fields: CompletionRequest | ChatRequest,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
     *,
     model: str,
 ) -> ShapeOptions:
-    return shape_options(
+    echoes = isinstance(fields, CompletionRequest) and bool(fields.echo)
+    options = shape_options(
         state,
         prompts,
         sampling,
         model=model,
         return_token_ids=bool(fields.return_token_ids),
         include_usage=fields.include_usage,
+        shows_prompt=echoes or fields.prompt_logprobs is not None,
     )
+    return replace(options, num_prompt_logprobs=fields.prompt_logprobs)
 
 
 def _generate(
@@ -184,7 +193,12 @@ def _generate(
 
 def _room(sampling: SamplingParams, state: ServerState) -> int:
     """Tokens of a prompt that leave room for its answer."""
-    return state.engine.model.max_model_len - (sampling.max_tokens or 1)
+    return state.engine.model.max_model_len - _or(sampling.max_tokens, 1)
+
+
+def _most(*numbers: int | None) -> int | None:
+    """The largest of those that are given."""
+    return max((number for number in numbers if number is not None), default=None)
 
 
 def _or(value: T | None, default: T) -> T:
@@ -198,7 +212,13 @@ def _chat_sampling(fields: ChatRequest, state: ServerState) -> SamplingParams:
             "max_tokens and max_completion_tokens differ; give one", param="max_completion_tokens"
         )
     logprobs = _or(fields.top_logprobs, 0) if fields.logprobs else None
-    return sampling_params(fields, state.limits, max_tokens=_or(new, old), logprobs=logprobs)
+    return sampling_params(
+        fields,
+        state.limits,
+        max_tokens=_or(new, old),
+        logprobs=logprobs,
+        prompt_logprobs=fields.prompt_logprobs,
+    )
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from octavo.engine import ServingEngine
 from octavo.server.errors import ErrorReply, HttpError, unavailable
 from octavo.server.keys import Scope
 from octavo.server.replies import json_response
+from octavo.server.routes_sleep import sleep_facts
 from octavo.server.state import Route, ServerState
 from octavo.server.watchdog import Condition, State
 
@@ -35,6 +36,7 @@ class OpsRoutes:
             Route("GET", "/server_info", self.server_info, Scope.ADMIN),
             Route("GET", "/debug/requests", self.requests, Scope.ADMIN),
             Route("GET", "/debug/requests/{request_id}", self.why, Scope.ADMIN),
+            Route("GET", "/debug/experts", self.experts, Scope.ADMIN),
             Route("POST", "/reset_prefix_cache", self.reset_prefix_cache, Scope.ADMIN),
         ]
 
@@ -74,7 +76,7 @@ class OpsRoutes:
         )
 
     async def server_info(self, request: Request) -> Response:
-        """The model, and every setting with where it came from and why."""
+        """The model, its sleep, and every setting with where it came from and why."""
         model = self._state.engine.model
         settings = {
             name: {"value": value, "source": source, "why": why}
@@ -86,24 +88,37 @@ class OpsRoutes:
                 "model": model.name,
                 "max_model_len": model.max_model_len,
                 "vocab_size": model.vocab_size,
+                "sleep": sleep_facts(self._state.engine),
                 "settings": settings,
             }
         )
 
     async def requests(self, request: Request) -> Response:
         """All live requests, one entry for each answer."""
-        statuses = await self._state.engine.requests()
+        statuses = await self._state.engine.operations.requests()
         return json_response({"requests": [msgspec.structs.asdict(status) for status in statuses]})
+
+    async def experts(self, request: Request) -> Response:
+        """How many tokens each expert of each layer got, and how uneven that is."""
+        counted = await self._state.engine.operations.expert_tokens()
+        if not counted:
+            message = "no experts' tokens are counted: start a mixture with --count-expert-tokens"
+            raise HttpError(ErrorReply(404, message, "invalid_request_error", None))
+        layers = {
+            name: {"imbalance": max(tokens) * len(tokens) / (sum(tokens) or 1), "tokens": tokens}
+            for name, tokens in counted.items()
+        }
+        return json_response({"layers": layers})
 
     async def reset_prefix_cache(self, request: Request) -> Response:
         """Let no content that is cached now be found again."""
-        await self._state.engine.reset_prefix_cache()
+        await self._state.engine.operations.reset_prefix_cache()
         return json_response({"status": "ok"})
 
     async def why(self, request: Request) -> Response:
         """What the scheduler decided about a request, a sentence for each phase."""
         request_id = request.path_params["request_id"]
-        stories = await self._state.engine.why(request_id)
+        stories = await self._state.engine.operations.why(request_id)
         if not stories:
             message = "no live or recently finished request has this id"
             raise HttpError(ErrorReply(404, message, "invalid_request_error", "request_id"))
@@ -116,7 +131,7 @@ def refuse_unready(engine: ServingEngine, condition: Condition) -> Response | No
     Slow and starved servers are ready: others may be no better, and they may recover.
     """
     engine.check_health()
-    if condition.state not in (State.STUCK, State.DRAINING):
+    if condition.state not in (State.STUCK, State.SLEEPING, State.DRAINING):
         return None
     body = unavailable(condition.why, condition.state).body(state=condition.state)
     return Response(body, 503, media_type="application/json")

@@ -56,7 +56,7 @@ class ResponsesRoutes:
             Route("POST", "/v1/responses", self.create, user, ResponsesRequest, media),
             Route("GET", one, self.get, user),
             Route("DELETE", one, self.delete, user),
-            Route("POST", f"{one}/cancel", self.cancel, user),
+            Route("POST", f"{one}/cancel", self.cancel, user, queues=False),
         ]
 
     async def create(self, request: Request) -> Response:

@@ -40,10 +40,12 @@ class ServerState:
         self.metrics.show_state(lambda: self.condition().state)
 
     def condition(self) -> Condition:
-        """How it stands now. What is worse than draining is told while draining, too."""
+        """How it stands now. What is worse than to drain or to sleep is told meanwhile, too."""
         found = self.watchdog.look()
         if self.draining and found.state not in (State.STUCK, State.DEAD):
             return Condition(State.DRAINING, "the server is shutting down")
+        if not self.engine.rest.is_awake and found.state not in (State.STUCK, State.DEAD):
+            return Condition(State.SLEEPING, self.engine.rest.why)
         return found
 
     @cached_property
@@ -80,6 +82,8 @@ class Route(NamedTuple):
     scope: Scope  # what a key must be good for
     body: type[msgspec.Struct] | None = None  # what it reads, as JSON
     media: tuple[str, ...] = (JSON,)  # what it answers with
+    query: type[msgspec.Struct] | None = None  # what it takes behind the path
+    queues: bool = True  # what is posted waits for the engine: not read while its queue is full
 
 
 def key_of(request: Request) -> ApiKey | None:

@@ -34,15 +34,20 @@ def offered_tools(fields: ChatRequest, limits: Limits) -> OfferedTools | None:
     """The tools of a request, checked; None where there are none, or none may be called."""
     tools = fields.tools or []
     choice = fields.tool_choice or "auto"
-    functions = _functions(tools, limits)
-    names = frozenset(function.name for function in functions)
+    definitions = definitions_of(tools, limits)
+    names = frozenset(str(definition["function"]["name"]) for definition in definitions)
     _check_choice(choice, names)
     if not tools or choice == "none":
         return None
-    definitions = [{"type": "function", "function": _definition(f)} for f in functions]
     parallel = fields.parallel_tool_calls is not False
     schema = None if choice == "auto" else tool_schema(tools, choice, parallel=parallel)
     return OfferedTools(names, definitions, parallel, schema)
+
+
+def definitions_of(tools: Sequence[Tool], limits: Limits) -> list[Mapping[str, Any]]:
+    """Tools, checked, as chat templates expect them."""
+    functions = _functions(tools, limits)
+    return [{"type": "function", "function": _definition(function)} for function in functions]
 
 
 def tool_schema(

@@ -83,12 +83,14 @@ class RequestTracer:
 
         model: str = scope["octavo.model"]
         operation = "chat" if scope["path"] in CHATS else "text_completion"
+        if answers.task.pooling is not None:
+            operation = "embeddings"
         parent = self._propagator.extract(dict(Headers(scope=scope)))
         span = self._tracer.start_span(
             f"{operation} {model}",
             context=parent,
             kind=_kind_of_server(),
-            attributes=_request_attributes(model, answers.sampling, operation)
+            attributes=_request_attributes(model, answers.task.sampling, operation)
             | {"octavo.request_id": scope["octavo.request_id"]}
             | _result_attributes(answers),
             start_time=at(answers.arrival_s),
@@ -111,7 +113,7 @@ class RequestTracer:
             child.end(at(max(start_s, end_s)))
 
         for choice, tally in enumerate(answers.tallies):
-            if tally.num_tokens:
+            if tally.first_token_s:
                 for name, start_s, end_s in phases_of(tally):
                     phase(name, start_s, end_s, choice)
 

@@ -41,6 +41,7 @@ class State(StrEnum):
     SLOW = "slow"
     STARVED = "starved"
     STUCK = "stuck"
+    SLEEPING = "sleeping"
     DRAINING = "draining"
     DEAD = "dead"
 

@@ -12,7 +12,9 @@ import pytest
 
 import octavo
 from octavo.cli import build_parser
-from octavo.cli.reference import reference_page
+from octavo.cli.reference import reference_page, with_model_table
+from octavo.config import architectures
+from octavo.config.plugins import OURS
 
 ROOT = Path(octavo.__file__).parents[1]
 PACKAGE = ROOT / "octavo"
@@ -26,6 +28,7 @@ LAYERS = (
     "quant",
     "parallel",
     "layers",
+    "vision",
     "models",
     "weights",
     "kvcache",
@@ -207,6 +210,15 @@ def test_flags_and_make_targets_in_the_docs_exist(document):
 
 def test_the_reference_page_is_what_the_parser_says():
     assert (ROOT / "docs" / "flags.md").read_text() == reference_page(), "run: make docs"
+
+
+def test_the_readme_shows_the_models_of_the_registry():
+    text = (ROOT / "README.md").read_text()
+    assert text == with_model_table(text), "run: make docs"
+    for one in architectures().values():
+        if one.package == OURS:
+            assert one.family and one.features, f"{one.name}: say what it runs, for the README"
+            assert (ROOT / one.parity).is_file(), f"{one.name}: {one.parity} is missing"
 
 
 def test_the_readme_shows_the_committed_figures():

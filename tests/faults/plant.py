@@ -4,6 +4,9 @@
     sleep S      a step takes so many seconds more
     hang         a step does not return, until the file is gone
     starve       no block is free for anybody
+    oom          one layer, once, finds no memory
+    nan          one layer, once, makes the last row of a step not finite
+    yesterday    the wall clock has jumped back
 
 `environment` makes every Python process below ours run `plant` before anything else.
 """
@@ -45,12 +48,39 @@ def plant() -> None:
     def allow_none(self: Blocks, sequence: Any, num_tokens: int) -> int:
         return 0 if _read(file) == "starve" else allow(self, sequence, num_tokens)
 
+    wall_s = time.time
+    time.time = lambda: wall_s() - (86_400.0 if _read(file) == "yesterday" else 0.0)
+    if "octavo.engine.process" in sys.orig_argv:
+        _plant_in_layers(file)
     EngineCore.__init__ = build_faulty  # type: ignore[method-assign, assignment]
     Blocks.allow = allow_none  # type: ignore[method-assign]
 
 
+def _plant_in_layers(file: Path) -> None:
+    import torch
+
+    from octavo.layers import GatedMLP
+
+    forward = GatedMLP.forward
+
+    def compute(self: GatedMLP, x: torch.Tensor) -> torch.Tensor:
+        kind = _read(file)
+        if kind in ("oom", "nan"):
+            file.unlink()
+        if kind == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if kind == "nan":
+            x = x.index_fill(0, torch.tensor([len(x) - 1]), float("nan"))
+        return forward(self, x)
+
+    GatedMLP.forward = compute  # type: ignore[method-assign]
+
+
 def _read(file: Path) -> str:
-    return file.read_text() if file.exists() else ""
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return ""
 
 
 def _fails(file: Path) -> None:

@@ -36,8 +36,11 @@ class Server:
         model: Path,
         *flags: str,
         environment: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
         log_is_cut: bool = False,
     ):
+        self.headers = headers or {}  # of every request of ours
+        self.client = httpx.Client(headers=self.headers, timeout=30)
         command = [sys.executable, "-m", "octavo.cli", "serve", str(model), "--port", "0"]
         small = ["--device", "cpu", "--num-threads", "1", "--kv-cache-memory-bytes", str(2**23)]
         self.process = subprocess.Popen(
@@ -83,11 +86,11 @@ class Server:
     def complete(self, **fields: Any) -> httpx.Response:
         """One completion, not streamed."""
         body = {"prompt": PROMPT, "max_tokens": 8, "temperature": 0, "ignore_eos": True} | fields
-        return httpx.post(f"{self.url}/v1/completions", json=body, timeout=30)
+        return self.client.post(f"{self.url}/v1/completions", json=body)
 
     def get(self, path: str) -> httpx.Response:
         """What a probe sees."""
-        return httpx.get(f"{self.url}{path}", timeout=10)
+        return self.client.get(f"{self.url}{path}", timeout=10)
 
     @property
     def state(self) -> str:
@@ -102,16 +105,20 @@ class Server:
 
     def metric(self, name: str) -> float:
         """One sample, by its name and labels as Prometheus writes them."""
-        text = httpx.get(f"{self.url}/metrics", timeout=10).text
-        found = re.search(rf"^octavo_{re.escape(name)} (\S+)", text, re.M)
-        assert found, name
-        return float(found[1])
+        return self.metrics(name)[0]
+
+    def metrics(self, *names: str) -> list[float]:
+        """Several, of one moment."""
+        text = self.get("/metrics").text
+        found = [re.search(rf"^octavo_{re.escape(name)} (\S+)", text, re.M) for name in names]
+        assert all(found), names
+        return [float(sample[1]) for sample in found if sample]
 
     def is_at_rest(self) -> bool:
         """Nobody runs or waits, and all memory is free."""
-        return self.metric("kv_blocks_free") == self.metric("kv_blocks") and not (
-            self.metric("num_requests_running") or self.metric("num_requests_waiting")
-        )
+        names = "kv_blocks", "kv_blocks_free", "num_requests_running", "num_requests_waiting"
+        num_blocks, num_free, num_running, num_waiting = self.metrics(*names)
+        return num_free == num_blocks and not (num_running or num_waiting)
 
     def wait(self, timeout_s: float = 20.0) -> int:
         """The exit status, with all output read."""
@@ -134,7 +141,7 @@ def serving(model: Path, *flags: str, **options: Any) -> Iterator[Server]:
 def is_ready(server: Server) -> bool:
     """Whether it says so."""
     try:
-        return httpx.get(f"{server.url}/ready", timeout=5).status_code == 200
+        return server.get("/ready").status_code == 200
     except httpx.TransportError:
         return False
 
@@ -153,6 +160,7 @@ def starting(model: Path, *flags: str, **options: Any) -> Iterator[Server]:
         for child in family:
             if child.is_running():
                 child.kill()
+        server.client.close()
         server.wait()
         for pipe in (server.process.stdout, server.process.stderr):
             if pipe is not None:
@@ -164,8 +172,9 @@ class Stream:
 
     def __init__(self, server: Server, **fields: Any):
         self.text = ""
+        self.status = 0  # none yet
         self.failure: Exception | None = None
-        self._url = f"{server.url}/v1/completions"
+        self._url, self._headers = f"{server.url}/v1/completions", server.headers
         fields = {"max_tokens": 450} | fields
         self._body = {"prompt": PROMPT, "ignore_eos": True, "stream": True} | fields
         self._thread = threading.Thread(target=self._read)
@@ -173,7 +182,11 @@ class Stream:
 
     def _read(self) -> None:
         try:
-            with httpx.stream("POST", self._url, json=self._body, timeout=60) as response:
+            asking = httpx.stream(
+                "POST", self._url, json=self._body, headers=self._headers, timeout=60
+            )
+            with asking as response:
+                self.status = response.status_code
                 for chunk in response.iter_text():
                     self.text += chunk
         except httpx.TransportError as error:
@@ -185,6 +198,17 @@ class Stream:
         assert not self._thread.is_alive(), self.text[-200:]
         assert self.failure is None, self.failure
         return self
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it came to its end, and not with an error."""
+        return self.text.endswith("data: [DONE]\n\n") and '"error"' not in self.text
+
+    @property
+    def said(self) -> str:
+        """The text of all its pieces."""
+        frames = re.findall(r"^data: (\{.*\})$", self.text, re.M)
+        return "".join(c["text"] for frame in frames for c in json.loads(frame)["choices"])
 
     @property
     def error(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Faults that end a server: what its streams, its probes, its exit status and its last line say."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -145,3 +146,26 @@ def test_P10_two_failed_steps_end_the_server_and_the_log_is_json(
     assert access["status"] == 200 and 0 < access["duration_s"] < 30
     assert access["num_prompt_tokens"] == 16 and access["num_output_tokens"] <= 3
     assert [li for li in lines if li["logger"].startswith("octavo.engine") and "exception" in li]
+
+
+def test_F46_a_damaged_checkpoint_ends_the_start_with_its_name(model: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(model, tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with starting(damaged) as server:
+        assert server.wait() == 1
+        assert server.url == "" and "model.safetensors" in server.last_line
+
+
+def test_F47_a_config_that_brings_code_is_refused_and_nothing_runs(
+    model: Path, tmp_path: Path
+) -> None:
+    evil = Path(shutil.copytree(model, tmp_path / "evil"))
+    config = json.loads((evil / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "evil.Config"}, "num_hidden_layers": 10**9}
+    (evil / "config.json").write_text(json.dumps(config))
+    (evil / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    with starting(evil) as server:
+        assert server.wait() == 1
+        assert server.url == "" and "num_hidden_layers" in server.last_line
+    assert not (tmp_path / "ran").exists()

@@ -1,116 +1,99 @@
 """Faults that a server must survive: a real process, and after each row the same golden tokens."""
 
-import json
+import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from faults.processes import PROMPT, Server, Stream
+from faults.aftermath import unharmed
+from faults.processes import PROMPT, Server, Stream, serving
+from faults.refused import COMPLETIONS, REFUSED, Row, ask
 
 pytestmark = pytest.mark.server
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
-
-def field(**fields: Any) -> bytes:
-    """A completion with these fields; JSON, but with the numbers that JSON has not."""
-    return json.dumps({"prompt": PROMPT, "max_tokens": 2} | fields).encode()
-
-
-# id: (path, body, status, code, param)
-REFUSED: dict[str, tuple[str, bytes, int, str | None, str | None]] = {
-    "F01-truncated": (COMPLETIONS, b'{"prompt": "a"', 400, "invalid_json", None),
-    "F02-too-large": (COMPLETIONS, field(user="x" * 2**24), 413, "request_too_large", None),
-    "F05-deep": (COMPLETIONS, b'{"user": ' + b"[" * 10_000, 400, "invalid_json", None),
-    "F05-digits": (COMPLETIONS, b'{"n": ' + b"9" * 1_000_000 + b"}", 400, None, "n"),
-    "F06-no-prompt": (COMPLETIONS, b"{}", 400, None, "prompt"),
-    "F06-null-content": (
-        CHAT,
-        b'{"messages": [{"role": "user", "content": null}]}',
-        400,
-        None,
-        "messages[0].content",
-    ),
-    "F07-empty": (COMPLETIONS, field(prompt=[]), 400, None, "prompt"),
-    "F08-unknown-model": (COMPLETIONS, field(model="gpt-9"), 404, "model_not_found", "model"),
-    "F09-context": (
-        COMPLETIONS,
-        field(max_tokens=512),
-        400,
-        "context_length_exceeded",
-        "max_tokens",
-    ),
-    "F10-long-text": (
-        COMPLETIONS,
-        field(prompt="a" * 2**23),
-        400,
-        "context_length_exceeded",
-        "prompt",
-    ),
-    "F12-nan": (COMPLETIONS, field(temperature=float("nan")), 400, "invalid_json", None),
-    "F12-huge": (COMPLETIONS, field(top_p=1e308), 400, None, "top_p"),
-    "F13-n": (COMPLETIONS, field(n=10**9), 400, None, "n"),
-    "F14-logprobs": (COMPLETIONS, field(logprobs=10**6), 400, None, "logprobs"),
-    "F15-max-tokens": (COMPLETIONS, field(max_tokens=2**63), 400, None, "max_tokens"),
-    "F16-vocabulary": (COMPLETIONS, field(prompt=[301]), 400, None, "prompt"),
-    "F16-negative": (COMPLETIONS, field(prompt=[-1]), 400, None, "prompt"),
-    "F18-stops": (COMPLETIONS, field(stop=["x"] * 10_000), 400, None, "stop"),
-    "F19-bias": (COMPLETIONS, field(logit_bias={"301": 1}), 400, None, "logit_bias"),
-    "F20-seed": (COMPLETIONS, field(seed=2**63), 400, None, "seed"),
-    "F24-template": (
-        CHAT,
-        b'{"messages": [{"role": "user", "content": "a"}], "chat_template": "{{ 1 }}"}',
-        400,
-        None,
-        "chat_template",
-    ),
-    "F32-embeddings": (COMPLETIONS, field(prompt_embeds="AAAA"), 400, None, "prompt_embeds"),
-    "F34-no-such-route": ("/v1/nope", b"{}", 404, None, None),
-    "F34-method": ("/v1/models", b"{}", 405, None, None),
-}
-
-
-def test_refused_requests_change_nothing(server: Server) -> None:
-    """All of them one after the other, and then the checks that every row wants."""
-    for name, (path, body, status, code, param) in REFUSED.items():
-        headers = {"content-type": "application/json"}
-        response = httpx.post(f"{server.url}{path}", content=body, headers=headers, timeout=30)
-        assert response.status_code == status, (name, response.text)
-        error = response.json()["error"]
-        assert set(error) == {"message", "type", "param", "code"}, name
-        assert error["type"] == "invalid_request_error", name
-        assert param is None or error["param"] == param, (name, error)
-        assert code is None or error["code"] == code, (name, error)
-        assert "/" not in error["message"].replace("/v1/models", ""), name
+@pytest.mark.parametrize("row", REFUSED.values(), ids=REFUSED)
+def test_refused_requests_change_nothing(server: Server, row: Row) -> None:
+    *_, status, code, param = row
+    response = ask(server, row)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert param is None or error["param"] == param, error
+    assert code is None or error["code"] == code, error
+    assert not re.search(r"/\w+/", error["message"].replace("/v1/models", ""))  # no path
 
 
 def test_F35_clients_that_leave_free_what_they_held(server: Server) -> None:
     """In the queue, in the prompt, in the answer, and among several answers."""
     aborted = server.metric('request_success_total{finished_reason="abort"}')
     body = {"prompt": PROMPT, "max_tokens": 400, "ignore_eos": True, "stream": True, "n": 4}
+    url = f"{server.url}{COMPLETIONS}"
     for _ in range(3):
-        with httpx.stream("POST", f"{server.url}{COMPLETIONS}", json=body, timeout=30) as response:
+        with server.client.stream("POST", url, json=body) as response:
             next(response.iter_text())
             with pytest.raises(httpx.TimeoutException):  # this one is in the queue
-                httpx.post(f"{server.url}{COMPLETIONS}", json=body | {"stream": False}, timeout=0.1)
+                server.client.post(url, json=body | {"stream": False}, timeout=0.1)
     server.until(server.is_at_rest)
     assert server.metric('request_success_total{finished_reason="abort"}') >= aborted + 12
 
 
-def test_F37_F38_a_burst_is_served_or_refused_with_a_time_to_come_back(server: Server) -> None:
-    with ThreadPoolExecutor(40) as pool:
-        responses = list(pool.map(lambda _: server.complete(max_tokens=60), range(80)))
-    served = [r for r in responses if r.status_code == 200]
-    refused = [r for r in responses if r.status_code != 200]
-    assert len(served) >= 8 and refused
+def test_F37_F38_ten_times_as_many_as_may_come_are_served_in_time_or_refused(
+    server: Server,
+) -> None:
+    """The queue is as short as it was told to be; nobody is left without an end."""
+    fields = {"max_tokens": 60, "deadline_ms": 5000}
+    deepest = 0.0
+    with ThreadPoolExecutor(80) as pool:
+        asked = [pool.submit(server.complete, **fields) for _ in range(60)]
+        streams = [Stream(server, **fields) for _ in range(20)]
+        while not all(answer.done() for answer in asked):
+            deepest = max(deepest, server.metric("num_requests_waiting"))
+    served = [answer.result() for answer in asked if answer.result().status_code == 200]
+    refused = [answer.result() for answer in asked if answer.result().status_code != 200]
+    for stream in streams:
+        assert stream.join().status in (200, 503)
+    told = [stream for stream in streams if stream.status == 200]
+    assert len(served) + len(told) >= 8 and refused
+    assert deepest <= 4
     for response in served:
         assert response.json()["usage"]["completion_tokens"] == 60
+        assert response.elapsed.total_seconds() < 5  # the time that they gave
+    assert all(stream.is_whole for stream in told)
     for response in refused:
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "overloaded"
         assert int(response.headers["retry-after"]) >= 1
+
+
+def test_F39_a_deadline_that_passes_in_the_queue_ends_it_though_no_place_is_free(
+    server: Server, fault: Path
+) -> None:
+    num_before = server.metric("prompt_tokens_total")
+    fault.write_text("sleep 0.02")
+    running = [Stream(server, max_tokens=100) for _ in range(4)]
+    server.until(lambda: all(stream.text for stream in running))
+    late = {"prompt": "Nobody has asked this before", "deadline_ms": 400}
+    waiting = Stream(server, max_tokens=5, **late)
+    response = server.complete(**late)
+    assert response.status_code == 504
+    error = response.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "deadline_exceeded")
+    assert waiting.join().status == 504 and "deadline_exceeded" in waiting.text
+    assert server.metric("num_requests_running") == 4  # all places were taken all the time
+    fault.unlink()
+    assert all(stream.join().is_whole for stream in running)
+    assert server.metric("prompt_tokens_total") <= num_before + 4 * len(PROMPT)
+
+
+def test_F39_who_has_begun_by_its_deadline_is_late_but_whole(server: Server, fault: Path) -> None:
+    fault.write_text("sleep 0.05")
+    stream = Stream(server, max_tokens=8, deadline_ms=100)
+    assert stream.join().is_whole
+    assert '"finish_reason":"length"' in stream.text
 
 
 def test_F42_a_step_that_hangs_is_told_from_a_slow_one_and_shows_where(
@@ -151,8 +134,30 @@ def test_requests_that_no_memory_is_given_to_are_starved(server: Server, fault: 
     assert num_steps < 60_000  # empty steps are not made as fast as can be
 
 
-def test_F43_a_failed_step_ends_its_requests_and_nobody_elses(server: Server, fault: Path) -> None:
-    fault.write_text("raise CUDA out of memory in /secret/path.py")
+def test_F11_what_fits_the_models_context_and_never_the_pool_is_refused_at_once(
+    model: Path, expected: list[int]
+) -> None:
+    """The context is as long as the pool, so that what is taken can run, whatever else does."""
+    num_tokens = 128
+    token_bytes = 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, their size, fp32
+    pool = ["--kv-cache-memory-bytes", str(num_tokens * token_bytes)]
+    with serving(model, *pool) as server:
+        fits = {"prompt": [1] * 28, "max_tokens": 100}
+        server.complete(**fits)
+        with unharmed(server, expected):
+            for stream in (False, True):
+                response = server.complete(prompt=[1] * 28, max_tokens=101, stream=stream)
+                assert response.status_code == 400, response.text
+                error = response.json()["error"]
+                assert error["code"] == "context_length_exceeded"
+                assert "129" in error["message"] and "128" in error["message"]
+            streams = [Stream(server, **fits, n=2) for _ in range(3)]
+            assert all(stream.join().is_whole for stream in streams)
+            assert server.metric("num_preemptions_total") > 0  # together they do not fit
+
+
+def test_P9_a_failed_step_ends_its_requests_and_nobody_elses(server: Server, fault: Path) -> None:
+    fault.write_text("raise an error in /secret/path.py")
     response = server.complete()
     fault.unlink()
     assert response.status_code == 500
@@ -160,3 +165,49 @@ def test_F43_a_failed_step_ends_its_requests_and_nobody_elses(server: Server, fa
     assert (error["type"], error["code"]) == ("server_error", "generation_failed")
     assert "secret" not in response.text
     assert server.complete().status_code == 200
+
+
+def test_F43_where_memory_runs_out_one_request_gives_way_and_the_others_lose_nothing(
+    server: Server, fault: Path
+) -> None:
+    """The kernel raises torch's own error, in a step of requests that are well under way."""
+    fields = {"max_tokens": 150, "temperature": 0}
+    clean = Stream(server, **fields).join().said
+    num_preemptions = server.metric("num_preemptions_total")
+    streams = [Stream(server, **fields) for _ in range(4)]
+    server.until(lambda: all(stream.text.count("data: {") > 5 for stream in streams))
+    fault.write_text("oom")
+    ended = [stream.join() for stream in streams]
+    whole = [stream for stream in ended if stream.is_whole]
+    [gave_way] = [stream for stream in ended if not stream.is_whole]
+    assert (gave_way.error["type"], gave_way.error["code"]) == ("server_error", "out_of_memory")
+    assert [stream.said for stream in whole] == [clean] * 3
+    assert server.metric("num_preemptions_total") == num_preemptions + 4
+    fault.write_text("oom")
+    response = server.complete()  # alone: nobody else could have given way
+    assert response.status_code == 503 and response.json()["error"]["code"] == "out_of_memory"
+    assert int(response.headers["retry-after"]) >= 1
+    assert "GiB" not in response.text
+
+
+def test_F44_a_row_that_is_not_finite_fails_alone(server: Server, fault: Path) -> None:
+    fields = {"max_tokens": 150, "temperature": 0}
+    clean = Stream(server, **fields).join().said
+    streams = [Stream(server, **fields) for _ in range(4)]
+    server.until(lambda: all(stream.text.count("data: {") > 5 for stream in streams))
+    fault.write_text("nan")
+    ended = [stream.join() for stream in streams]
+    [failed] = [stream for stream in ended if not stream.is_whole]
+    assert failed.error["code"] == "numerical_error"
+    assert [stream.said for stream in ended if stream.is_whole] == [clean] * 3
+
+
+def test_F49_the_wall_clock_may_jump(server: Server, fault: Path) -> None:
+    fields = {"max_tokens": 100, "deadline_ms": 5000}
+    streams = [Stream(server, **fields) for _ in range(4)]
+    server.until(lambda: all(stream.text for stream in streams))
+    fault.write_text("yesterday")
+    assert server.complete(deadline_ms=5000).json()["created"] < time.time() - 80_000
+    fault.unlink()
+    assert server.complete(deadline_ms=5000).status_code == 200
+    assert all(stream.join().is_whole for stream in streams)

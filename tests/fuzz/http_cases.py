@@ -86,6 +86,19 @@ RICH: dict[str, list[dict[str, Any]]] = {
     "/v1/completions": [
         {"prompt": ["a", "b"], "n": 2, "logprobs": 1, "logit_bias": {"5": 1}, "stop": ["x"]},
         {"prompt": [1, 2], "max_tokens": 3, "stream": True, "seed": 1, "temperature": 0.5},
+        {"prompt": [[1], [2]], "max_tokens": 0, "echo": True, "logprobs": 1, "prompt_logprobs": 2},
+    ],
+    "/v1/embeddings": [
+        {
+            "input": ["a", "b"],
+            "encoding_format": "base64",
+            "pooling": "mean",
+            "normalize": False,
+            "truncate_prompt_tokens": 3,
+            "priority": 1,
+            "cache_salt": "s",
+        },
+        {"input": [[1, 2], [3]], "user": "u", "add_special_tokens": False},
     ],
     "/v1/responses": [
         {

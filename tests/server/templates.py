@@ -50,11 +50,13 @@ class TemplateTokenizer(ByteTokenizer):
         *,
         add_generation_prompt: bool = True,
         template_arguments: Mapping[str, Any] | None = None,
+        continue_final_message: bool = False,
     ) -> str:
         return self._template.render(
             messages,
             add_generation_prompt=add_generation_prompt,
             template_arguments=template_arguments or {},
+            continue_final_message=continue_final_message,
         )
 
 

@@ -1,6 +1,7 @@
 """What happens on the wire: clients that vanish, stall, trickle or flood. Raw sockets."""
 
 import json
+import logging
 import re
 import socket
 import time
@@ -208,3 +209,56 @@ def test_garbage(server: LiveServer) -> None:
             connection.sendall(garbage + b"\r\n\r\n")
             assert read_all(connection)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 408")
     assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def lines_of_a_server(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    """All but the client's, and those of a log of accesses, which `octavo serve` has not."""
+    return [r for r in caplog.records if not r.name.startswith(("httpx", "uvicorn.access"))]
+
+
+CHUNKED = b"POST %s HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/nowhere"])
+def test_broken_chunks_end_the_connection_and_leave_the_log_alone(
+    server: LiveServer, path: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before an answer was begun there is a 400; after it, which needs no body, only the end."""
+    with caplog.at_level(logging.INFO):
+        for _ in range(20):
+            with server.connect() as connection:
+                connection.sendall(CHUNKED % path)
+                answered = path == b"/nowhere"
+                if answered:
+                    read_until(connection, b'"code":null}}')
+                connection.sendall(b"no length\r\n")
+                told = read_all(connection)
+            assert told[:12] == (b"" if answered else b"HTTP/1.1 400")
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    lines = lines_of_a_server(caplog)
+    assert [r for r in lines if r.exc_info or r.levelno >= logging.WARNING] == []
+    assert len(lines) <= 20  # one for a connection: that its client is gone
+
+
+def test_requests_for_websockets_leave_the_log_alone(
+    server: LiveServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    upgrade = {"connection": "upgrade", "upgrade": "websocket"}
+    with caplog.at_level(logging.INFO):
+        assert httpx.get(f"{server.url}/health", headers=upgrade).status_code == 200
+    assert lines_of_a_server(caplog) == []
+
+
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/v1/responses", b"/v2/models/m/generate"])
+def test_f37_a_full_queue_refuses_before_the_body_is_there(server: LiveServer, path: bytes) -> None:
+    server.engine.script.max_requests = 0
+    with server.connect() as connection:
+        head = b"POST %s HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" % path
+        connection.sendall(head + b"content-length: 100000\r\n\r\n")
+        answer = read_until(connection, b"}}")
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"retry-after: 2" in answer
+        connection.sendall(b" " * 100_000)  # the connection can be used again
+        connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert b"HTTP/1.1 200 " in read_until(connection, b'"ok"')
+    body = {"prompt": "Hi"}  # needs no place
+    assert httpx.post(f"{server.url}/tokenize", json=body).status_code == 200

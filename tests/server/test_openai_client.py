@@ -1,5 +1,7 @@
 """The official client against a real uvicorn on a free port: what users' code does, works."""
 
+import base64
+from array import array
 from collections.abc import AsyncIterator, Iterator
 
 import openai
@@ -102,6 +104,42 @@ async def test_async_completion(async_client: openai.AsyncOpenAI) -> None:
     pieces = [chunk.choices[0] async for chunk in stream]
     assert "".join(piece.text for piece in pieces) == "HiAnswer 0 "
     assert pieces[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("encoding", [None, "float", "base64"])
+def test_embeddings(sync_client: openai.OpenAI, encoding: str | None) -> None:
+    more = {} if encoding is None else {"encoding_format": encoding}  # None: it takes base64 itself
+    response = sync_client.embeddings.create(
+        model=MODEL, input=["Hi", "Hello"], user="me", extra_body={"pooling": "mean"}, **more
+    )
+    ends = [b"Hi", b"Hello"]
+    expected = [[float(len(end) + 1), 256.0, float(end[-1])] for end in ends]  # with BOS
+    if encoding == "base64":
+        texts = [item.embedding for item in response.data]
+        found = [array("f", base64.b64decode(text)).tolist() for text in texts]  # type: ignore[arg-type]
+    else:
+        found = [item.embedding for item in response.data]
+    assert found == expected
+    assert [item.index for item in response.data] == [0, 1]
+    assert response.usage.prompt_tokens == response.usage.total_tokens == 9
+    with pytest.raises(openai.BadRequestError, match="Matryoshka") as caught:
+        sync_client.embeddings.create(model=MODEL, input="Hi", dimensions=2)
+    assert caught.value.param == "dimensions"
+
+
+async def test_async_embeddings(async_client: openai.AsyncOpenAI) -> None:
+    response = await async_client.embeddings.create(model=MODEL, input=[[72, 105], [33]])
+    assert [item.embedding for item in response.data] == [[2.0, 72.0, 105.0], [1.0, 33.0, 33.0]]
+
+
+def test_prompt_logprobs(sync_client: openai.OpenAI) -> None:
+    response = sync_client.completions.create(
+        model=MODEL, prompt="Hi", max_tokens=0, echo=True, logprobs=1
+    )
+    logprobs = response.choices[0].logprobs
+    assert response.choices[0].text == "Hi"
+    assert logprobs.tokens[1:] == ["H", "i"]
+    assert logprobs.token_logprobs == [None, -0.25, -0.25]
 
 
 def test_errors_have_their_classes(server: LiveServer, sync_client: openai.OpenAI) -> None:

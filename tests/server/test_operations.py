@@ -34,6 +34,20 @@ async def test_server_info_tells_settings_and_where_they_came_from(
     assert info["settings"]["max_num_seqs"] == {"value": "7", "source": "flag", "why": ""}
 
 
+async def test_tokens_of_experts_are_told_where_they_are_counted(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    refused = await client.get("/debug/experts")
+    assert refused.status_code == 404 and "--count-expert-tokens" in refused.text
+    engine.num_expert_tokens = {"blocks.0.mlp": [6, 0, 2, 0], "blocks.1.mlp": [0, 0, 0, 0]}
+    assert (await client.get("/debug/experts")).json() == {
+        "layers": {
+            "blocks.0.mlp": {"imbalance": 3.0, "tokens": [6, 0, 2, 0]},
+            "blocks.1.mlp": {"imbalance": 0.0, "tokens": [0, 0, 0, 0]},
+        }
+    }
+
+
 async def test_reset_prefix_cache(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert (await client.post("/reset_prefix_cache")).json() == {"status": "ok"}
     assert engine.num_resets == 1

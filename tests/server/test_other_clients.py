@@ -242,7 +242,7 @@ def curl_commands() -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("page", "command"), curl_commands())
 def test_curl_lines_of_the_docs_work(server: LiveServer, page: str, command: str) -> None:
     in_background = command.endswith("&")
-    words = shlex.split(command.rstrip("& ").partition(" | ")[0])
+    words = shlex.split(command.rstrip("& ").partition(" | ")[0], comments=True)
     words = [
         re.sub(r"^(https?://)?(127\.0\.0\.1|localhost):8000", server.url, word) for word in words
     ]
@@ -252,6 +252,7 @@ def test_curl_lines_of_the_docs_work(server: LiveServer, page: str, command: str
         [*words, "-s", "-w", "\n%{http_code}"], capture_output=True, text=True, timeout=20
     )
     body, _, status = ended.stdout.rpartition("\n")
+    httpx.post(f"{server.url}/wake_up")  # some pages send the server to sleep
     assert (ended.returncode, status) == (0, "200"), (page, command, ended.stdout, ended.stderr)
     assert in_background or body
     return None
@@ -276,3 +277,29 @@ def asks_of_a_running_request(server: LiveServer, words: list[str]) -> None:
 def test_there_are_curl_lines_to_test() -> None:
     pages = {page for page, _ in curl_commands()}
     assert {"README.md", "pages.md", "sharing.md", "responses.md"} <= pages
+
+
+def test_litellm_embeds(litellm: ModuleType, server: LiveServer) -> None:
+    response = litellm.embedding(input=["Hi", "Hello"], encoding_format="float", **at(server))
+    assert [item["embedding"] for item in response.data] == [
+        [3.0, 256.0, 105.0],
+        [6.0, 256.0, 111.0],
+    ]
+    assert response.usage.prompt_tokens == 9
+
+
+def test_langchain_embeds(server: LiveServer) -> None:
+    from langchain_openai import OpenAIEmbeddings
+
+    # As its documentation has it for servers that are not OpenAI's; by default it sends token ids
+    # of OpenAI's own tokenizer.
+    embeddings = OpenAIEmbeddings(
+        model="fake-model",
+        base_url=f"{server.url}/v1",
+        api_key="any",
+        check_embedding_ctx_length=False,
+        max_retries=0,
+    )
+    texts = ["Hi", "Hello"]
+    assert embeddings.embed_documents(texts) == [[3.0, 256.0, 105.0], [6.0, 256.0, 111.0]]
+    assert embeddings.embed_query("Hi") == [3.0, 256.0, 105.0]

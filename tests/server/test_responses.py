@@ -339,10 +339,10 @@ async def test_failures_are_told(engine: FakeEngine, client: httpx.AsyncClient) 
     document = await ended(client, (await create(client, background=True))["id"])
     assert (document["status"], document["error"]) == ("failed", told)
     engine.script.max_requests = 0
-    response = await client.post(URL, json={"input": "Hi"})
-    assert response.status_code == 503 and response.headers["retry-after"] == "2"
-    document = await ended(client, (await create(client, background=True))["id"])
-    assert document["error"]["code"] == "overloaded"
+    for background in (False, True):  # told at once, and not by a response that fails
+        response = await client.post(URL, json={"input": "Hi", "background": background})
+        assert response.status_code == 503 and response.headers["retry-after"] == "2"
+        assert response.json()["error"]["code"] == "overloaded"
 
 
 WRONG: list[tuple[dict[str, Any], str]] = [

@@ -174,7 +174,12 @@ FIELDS: list[tuple[str, str, dict[str, Any], str]] = [
     ("F14", CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ("F14", CHAT, {"top_logprobs": 1}, "top_logprobs"),
     ("F14", CHAT, {"logprobs": 5}, "logprobs"),
-    ("F14", COMPLETIONS, {"logprobs": 1, "echo": True}, "logprobs"),
+    *[
+        ("F14", path, {"prompt_logprobs": n}, "prompt_logprobs")
+        for path in (COMPLETIONS, CHAT)
+        for n in (21, -1, True, 1.5)
+    ],
+    ("F14", CHAT, {"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
     *[
         ("F15", path, {"max_tokens": n}, "max_tokens")
         for path in (COMPLETIONS, CHAT)

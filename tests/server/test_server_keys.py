@@ -66,9 +66,13 @@ SCOPE_OF_ROUTE = {
     "/metrics": "metrics",
     "/load": "metrics",
     "/server_info": "admin",
+    "/debug/experts": "admin",
     "/debug/requests": "admin",
     "/debug/requests/{request_id}": "admin",
     "/reset_prefix_cache": "admin",
+    "/sleep": "admin",
+    "/wake_up": "admin",
+    "/is_sleeping": "metrics",
 }
 
 
@@ -176,9 +180,9 @@ async def test_a_tenants_key_speaks_for_that_tenant_only(tmp_path: Path) -> None
     seen = []
 
     class Engine(FakeEngine):
-        def generate(self, request_id, prompt_token_ids, sampling, options):  # type: ignore[override]
+        def generate(self, request_id, prompt_token_ids, sampling, options, **more):  # type: ignore[override]
             seen.append(options)
-            return super().generate(request_id, prompt_token_ids, sampling, options)
+            return super().generate(request_id, prompt_token_ids, sampling, options, **more)
 
     async with server_of(path, Engine()) as client:
         for key, more in (("k-a", {}), ("k-b", {}), ("k-a", {"cache_salt": "s"}), ("k-a", {})):

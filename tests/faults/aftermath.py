@@ -1,0 +1,73 @@
+"""What must hold after every fault that a server survives: it is what it was before."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import psutil
+from faults.processes import Server
+
+RSS_SHARE = 0.01
+# What the C library's allocator keeps for a thread that has just freed a large body, and what the
+# tokenizer keeps of texts that are new to it, are no leak: a hundred rows may not add up to it.
+RSS_FLOOR_BYTES = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """A process as the system sees it."""
+
+    pid: int
+    num_threads: int
+    rss_bytes: int
+
+    @classmethod
+    def of(cls, server: Server) -> "list[Footprint]":
+        """Of the front end and of every process below it, the engine among them."""
+        front = psutil.Process(server.process.pid)
+        family = [front, *front.children(recursive=True)]
+        return [cls(p.pid, p.num_threads(), p.memory_info().rss) for p in family]
+
+    def holds(self, now: "Footprint") -> bool:
+        """Whether the same process has no more threads, and hardly more memory."""
+        room = max(RSS_SHARE * self.rss_bytes, RSS_FLOOR_BYTES)
+        is_as_large = now.rss_bytes <= self.rss_bytes + room
+        return now.pid == self.pid and now.num_threads <= self.num_threads and is_as_large
+
+
+_baselines: WeakKeyDictionary[Server, list[Footprint]] = WeakKeyDictionary()
+
+
+@contextmanager
+def unharmed(server: Server, expected: Sequence[int]) -> Iterator[None]:
+    """Inside, something happens to a server that must be what it was when it is over.
+
+    expected: what the model says to the known prompt, by somebody else's word.
+    """
+    server.until(server.is_at_rest)
+    assert golden(server) == expected
+    note_baseline(server)
+    yield
+    assert server.process.poll() is None, "".join(server.err)
+    server.until(server.is_at_rest)
+    server.until(lambda: server.state == "ok")
+    assert golden(server) == expected
+    server.until(server.is_at_rest)
+    before, now = _baselines[server], Footprint.of(server)
+    assert len(now) == len(before), now
+    for one, other in zip(before, now, strict=True):
+        assert one.holds(other), (one, other)
+
+
+def note_baseline(server: Server) -> None:
+    """What was played until now was to warm up: what comes is held against this moment."""
+    server.until(server.is_at_rest)
+    _baselines[server] = Footprint.of(server)
+
+
+def golden(server: Server) -> list[int]:
+    """What the model says to the known prompt."""
+    choice = server.complete(return_token_ids=True).json()["choices"][0]
+    ids: list[int] = choice["token_ids"]
+    return ids
