@@ -291,13 +291,16 @@ def _latent_moments(
     absorbed = LiveTensor("queries of latents", (num_tokens, num_heads, dim), size)
     mixed = LiveTensor("attended latents", (num_tokens, num_heads, rank), size)
     part = LiveTensor("the part of them that is not rotated", (num_tokens, num_heads, rank), size)
-    values = [LiveTensor("values", (2, num_tokens, num_heads, attention.value_head_dim), size)]
+    of_heads = LiveTensor("values", (2, num_tokens, num_heads, attention.value_head_dim), size)
+    output = LiveTensor("attention's output", (num_tokens, hidden_size), size)
+    values = [of_heads]
     if config.device == "cpu" and size != FP32:
         # There torch's product in 16 bits wants each head's rows one after the other.
         values.append(LiveTensor("attended latents by head", (num_tokens, num_heads, rank), size))
     moments = [
         Moment("queries of latents", (*before, projected, part, absorbed)),
         Moment("values of latents", (*before, absorbed, mixed, *values)),
+        Moment("attention", (*before, absorbed, mixed, of_heads, output)),
     ]
     if "latent_attention" not in compiled:
         one = (

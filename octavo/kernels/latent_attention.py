@@ -91,7 +91,7 @@ MOST_RANK = 512  # what a program of Triton's has room for, for all of its heads
 
 
 def _unsupported_by_triton(case: Case) -> str | None:
-    if (rank := case.sizes["kv_lora_rank"]) > MOST_RANK:
+    if (rank := case.sizes.get("kv_lora_rank", 0)) > MOST_RANK:
         return f"made for latents of at most {MOST_RANK} numbers, not {rank}"
     return triton_support.unsupported(case)
 

@@ -62,7 +62,7 @@ def _of_best_groups(probabilities: Tensor, routing: Routing) -> Tensor:
 def _unsupported_by_triton(case: Case) -> str | None:
     if (reason := triton_support.unsupported(case)) is not None:
         return reason
-    if case.sizes["num_experts"] > MOST_EXPERTS:
+    if case.sizes.get("num_experts", 0) > MOST_EXPERTS:
         return f"made for at most {MOST_EXPERTS} experts"
     return None
 

@@ -124,18 +124,19 @@ def test_F33_without_the_key_there_is_nothing(server: Server, headers: dict[str,
 def test_F36_a_reader_that_stops_reading_is_given_up_and_others_notice_nothing(
     server: Server,
 ) -> None:
-    aborted = server.metric('request_success_total{finished_reason="abort"}')
+    given_up = 'request_success_total{finished_reason="abort"}'
+    num_before = server.metric(given_up)
     body = {"prompt": PROMPT, "stream": True, "n": 4, "max_tokens": 450, "ignore_eos": True}
     payload = json.dumps(body | {"model": LONG_NAME}).encode()
-    for _ in range(2):
+    for number in (1, 2):
         note_baseline(server)
         with connect(server) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head_of(server, COMPLETIONS, len(payload)) + payload)
             server.until(lambda: server.metric("num_requests_running"))
             assert server.complete(prompt=PROMPT).status_code == 200
-            server.until(server.is_at_rest)
-    assert server.metric('request_success_total{finished_reason="abort"}') == aborted + 8
+            # The engine may be done with it long before its reader is given up.
+            server.until(lambda n=number: server.metric(given_up) == num_before + 4 * n)
 
 
 def test_a_client_that_speaks_no_http_does_not_fill_the_log(server: Server) -> None:
