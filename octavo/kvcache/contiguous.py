@@ -8,13 +8,14 @@ simply consecutive ids, and the engine runs on it unchanged. Pure Python; knows 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
-from octavo.core import Sequence, Tier, Transfer
+from octavo.core import Sequence
 from octavo.errors import IntegrityError
 from octavo.kvcache.allocator import check_slots
 from octavo.kvcache.run_pools import BuddyPool, FirstFitPool, RunPool
+from octavo.kvcache.unshared import Unshared
 
 
-class RunAllocator(ABC):
+class RunAllocator(Unshared, ABC):
     """Reserves one run for each sequence. Sole writer of its pool; subclasses say how long.
 
     `grows` is False: a running sequence never asks for more, so nothing need be kept for it.
@@ -71,32 +72,8 @@ class RunAllocator(ABC):
         sequence.block_ids = list(range(first, first + num_blocks))
         return 0
 
-    def refork(self, sequence: Sequence, parent_block_ids: list[int]) -> bool:
-        """Runs cannot be shared."""
-        return False
-
-    def computed(self, sequence: Sequence) -> None:
-        return  # nobody looks for contents
-
-    def swap_out(self, sequence: Sequence) -> bool:
-        """There is no other memory."""
-        return False
-
     def free(self, sequence: Sequence) -> None:
         self.stop(sequence)
-
-    def discredit(self, sequence: Sequence) -> None:
-        return  # nothing can be found
-
-    def take_transfers(self) -> tuple[Transfer, ...]:
-        """Nothing is ever copied."""
-        return ()
-
-    def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
-        return  # nothing was to be copied
-
-    def forget_all(self) -> None:
-        return  # nothing can be found
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         live = list(live)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 
-from octavo.core import Sequence, Tier, Transfer
+from octavo.core import Sequence
 from octavo.errors import IntegrityError
+from octavo.kvcache.unshared import Unshared
 
 
-class NoBlocks:
+class NoBlocks(Unshared):
     """Every sequence fits, with an empty block table: an encoder reads all of a prompt in one step.
 
     `grows` is False: nobody ever asks for more, so nothing need be kept for those who run.
@@ -38,32 +39,8 @@ class NoBlocks:
     def extend(self, sequence: Sequence, num_tokens: int) -> int:
         return 0
 
-    def refork(self, sequence: Sequence, parent_block_ids: list[int]) -> bool:
-        """There is no past to go on from."""
-        return False
-
-    def computed(self, sequence: Sequence) -> None:
-        return  # nothing is kept
-
-    def swap_out(self, sequence: Sequence) -> bool:
-        """There is nothing to swap."""
-        return False
-
     def free(self, sequence: Sequence) -> None:
         self.stop(sequence)
-
-    def discredit(self, sequence: Sequence) -> None:
-        return  # nothing can be found
-
-    def take_transfers(self) -> tuple[Transfer, ...]:
-        """Nothing is ever copied."""
-        return ()
-
-    def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
-        return  # nothing was to be copied
-
-    def forget_all(self) -> None:
-        return  # nothing can be found
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         for sequence in live:

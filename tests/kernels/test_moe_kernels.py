@@ -87,12 +87,11 @@ def test_the_references_are_blocks_of_transformers(name):
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason="no compiled kernels")
+@pytest.mark.skipif(DEVICE == "cuda", reason="of CPUs: the run without a GPU has it")
 @pytest.mark.parametrize("tokens", [0, 1, 5, 70])
 @pytest.mark.parametrize("sizes", [(5, 40, 24, 2), (3, 33, 17, 3), (40, 16, 8, 1)])
 def test_native_experts(poisoned, isa, dtype, tokens, sizes):
     num_experts, width, size, num_ranks = sizes
-    if DEVICE == "cuda":
-        pytest.skip("made for cpu")
     given = Experts(num_experts, width, size, dtype)
     ours = NativeMoEExperts()
     prepared = ours.prepare(given.gate_up, given.down)
