@@ -1,19 +1,17 @@
 """Layer normalisation in Triton: one program for a row, which it reads once.
 
-Owns the choice of warps. Does not know the residual stream beyond one addition.
+Does not know the residual stream beyond one addition.
 """
 
 from __future__ import annotations
-
-from functools import cache
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.layer_norm import MAX_TRITON_WIDTH
-from octavo.kernels.triton_launch import allow_next, launch, launch_options, wait_for_inputs
+from octavo.kernels.triton_launch import allow_next, launch, wait_for_inputs
+from octavo.kernels.triton_rms_norm import row_constants
 from octavo.kernels.triton_support import refuse
 
 
@@ -38,21 +36,9 @@ def triton_layer_norm(
         raise refuse("layer_norm", "residual is like x, contiguous", x=x, residual=residual)
     normed = x.new_empty(rows, width)
     if rows:
-        constants = _constants(width, residual is not None)
+        constants = row_constants(width, residual is not None)
         launch(_layer_norm, (rows,))(x, hidden, weight, bias, normed, row_stride, eps, **constants)
     return normed, hidden
-
-
-@cache
-def _constants(width: int, has_residual: bool) -> dict[str, Any]:
-    padded = triton.next_power_of_2(width)
-    return {
-        "WIDTH": width,
-        "PADDED": padded,
-        "HAS_RESIDUAL": has_residual,
-        "num_warps": min(16, max(1, padded // 512)),
-        **launch_options(),
-    }
 
 
 @triton.jit

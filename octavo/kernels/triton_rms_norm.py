@@ -37,13 +37,14 @@ def triton_rms_norm(
         raise refuse("rms_norm", "residual is like x, contiguous", x=x, residual=residual)
     normed = x.new_empty(shape)
     if rows:
-        constants = _constants(width, residual is not None)
+        constants = row_constants(width, residual is not None)
         launch(_rms_norm, (rows,))(x, hidden, weight, normed, row_stride, eps, **constants)
     return normed, hidden
 
 
 @cache
-def _constants(width: int, has_residual: bool) -> dict[str, Any]:
+def row_constants(width: int, has_residual: bool) -> dict[str, Any]:
+    """Of a kernel that normalises a row a program."""
     padded = triton.next_power_of_2(width)
     return {
         "WIDTH": width,
