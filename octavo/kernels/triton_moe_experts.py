@@ -25,7 +25,7 @@ from octavo.kernels.triton_support import DTYPES
 
 # A program that sorts holds [pairs, experts] numbers in its registers.
 MOST_SORTED, LEAST_CHUNK, MOST_CHUNK = 1 << 15, 16, 512
-DEPTH_BYTES = 128  # of one row of a weight: the depth of a block is the same in all tiles
+MOST_UNSORTED = 32  # pairs; the few of them that share an expert find its weights in the L2 cache
 STRETCH = 1024  # of a row, added up by one program
 
 
@@ -35,13 +35,19 @@ class Tile:
 
     pairs: int  # rows of tokens
     outputs: int  # rows of a weight
+    depth_bytes: int  # of one such row
     warps: int
     stages: int
 
 
-# By pairs for each expert there could be: few are bound by the weights' bandwidth.
-TILES = ((16, Tile(16, 64, 4, 5)), (64, Tile(32, 64, 4, 4)), (128, Tile(64, 128, 8, 3)))
-LARGEST_TILE = Tile(128, 128, 8, 3)
+# By pairs for each expert there could be: few are bound by the weights' bandwidth. Measured on an
+# H100 with the experts of Qwen3-30B-A3B (docs/performance/log.md).
+TILES = (
+    (16, Tile(16, 128, 256, 4, 5)),
+    (64, Tile(32, 64, 128, 4, 4)),
+    (128, Tile(64, 128, 128, 4, 3)),
+)
+LARGEST_TILE = Tile(128, 256, 128, 8, 3)
 
 
 class TritonMoEExperts:
@@ -60,7 +66,9 @@ class TritonMoEExperts:
         if not num_pairs:
             return out.zero_()
         tile = tile_for(num_pairs, num_experts)
-        order, table = sort_by_expert(experts, num_experts, tile.pairs)
+        order, table = experts, experts.view(1, -1)
+        if num_pairs > MOST_UNSORTED:
+            order, table = sort_by_expert(experts, num_experts, tile.pairs)
         inner = x.new_empty(num_pairs, size)
         _multiply(x, gate_up, order, table, inner, tile, num_ranks=num_ranks)
         made = x.new_empty(num_pairs, width)
@@ -129,6 +137,7 @@ def _multiply(
     gated = weights is None
     outputs, depth = weight.shape[1] // (1 + gated), weight.shape[2]
     constants = _constants(tile, depth, weight.element_size(), gated)
+    constants |= {"SORTED": len(table) > 1}
     tiles = triton.cdiv(outputs, constants["BLOCK_N"])
     launch(_grouped, (tiles, table.shape[1]))(
         *(x, weight, out if weights is None else weights, order, table, out),
@@ -140,7 +149,7 @@ def _multiply(
 
 @cache
 def _constants(tile: Tile, depth: int, itemsize: int, gated: bool) -> dict[str, Any]:
-    block = DEPTH_BYTES // itemsize
+    block = tile.depth_bytes // itemsize
     return {
         "GATED": gated,
         "BLOCK_N": tile.outputs // (1 + gated),
@@ -237,6 +246,7 @@ def _grouped(
     num_tiles,
     NUM_RANKS: tl.constexpr,
     GATED: tl.constexpr,
+    SORTED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -245,19 +255,24 @@ def _grouped(
 ):
     """A tile [BLOCK_N, BLOCK_T] of the transposed result of one expert.
 
-    Gated, a weight has 2N rows, the gate's first; else each row of the result is weighted.
+    Gated, a weight has 2N rows, the gate's first; else each row of the result is weighted. Where
+    pairs are not SORTED, each has a tile of its own, and `table` is their experts.
     """
     allow_next(PDL)
     wait_for_inputs(PDL)
     tile = tl.program_id(1)
-    place = tl.load(table + num_tiles + tile)
-    end = tl.load(table + 2 * num_tiles + tile)
-    if place >= end:
-        return
     expert = tl.load(table + tile).to(tl.int64)
+    place, end = tile, tile + 1
+    if SORTED:
+        place = tl.load(table + num_tiles + tile)
+        end = tl.load(table + 2 * num_tiles + tile)
+        if place >= end:
+            return
     place += tl.arange(0, BLOCK_T)
     there = place < end
-    pair = tl.load(order + place, mask=there, other=0)
+    pair = place
+    if SORTED:
+        pair = tl.load(order + place, mask=there, other=0)
     row = pair // NUM_RANKS if GATED else place
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)

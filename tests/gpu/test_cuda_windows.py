@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from kernels.pages import Pages
@@ -20,6 +22,8 @@ from octavo.testing.tiny_models import write_tiny_model
 
 pytest.importorskip("triton")
 
+from octavo.kernels.triton_launch import compile_ahead
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
@@ -35,6 +39,13 @@ KINDS = [
     AttentionKind(causal=False),
 ]
 LENGTHS = [(1, 20_000), (1, 4097), (1, 64), (3, 700), (500, 9000), (1500, 1500), (17, 17), (0, 33)]
+# Each kind with two of these: all of both would take minutes to compile.
+DTYPES_AND_DIMS = [(torch.bfloat16, 256), (torch.float16, 64), (torch.float32, 64)]
+ATTENTIONS = [
+    (kind, *DTYPES_AND_DIMS[(index + more) % len(DTYPES_AND_DIMS)])
+    for index, kind in enumerate(KINDS)
+    for more in range(2)
+]
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPTS = [
     {"prompt_token_ids": [(31 * i + n) % 301 for i in range(n)]} for n in (1, 7, 20, 21, 150)
@@ -71,18 +82,33 @@ def chosen(op, dtype: torch.dtype, name: str = "triton", **sizes: int):
     return choice.function
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("dtype", ERROR, ids=str)
-@pytest.mark.parametrize("dim", [64, 256])
-def test_every_kind_of_attention(kind, dtype, dim):
-    attention = chosen(PAGED_ATTENTION, dtype, head_dim=dim, **kind.sizes())
+def attentions(kind: AttentionKind, dtype: torch.dtype, dim: int):
+    """(the usual kernel's result, that of the one that is batch-invariant, the batch)"""
     pages = Pages(LENGTHS, 8, 4, dim, dtype, device="cuda", kind=kind)
-    ours = attention(pages.query, pages.kv_cache, pages.batch, dim**-0.5, kind)
-    close(ours, pages.expected(dim**-0.5))
-    sizes = {"head_dim": dim, "batch_invariant": 1, **kind.sizes()}
-    invariant = chosen(PAGED_ATTENTION, dtype, "triton-invariant", **sizes)
-    ours = invariant(pages.query, pages.kv_cache, pages.batch, dim**-0.5, kind)
-    close(ours, pages.expected(dim**-0.5))
+    sizes = {"head_dim": dim, **kind.sizes()}
+    usual = chosen(PAGED_ATTENTION, dtype, **sizes)
+    invariant = chosen(PAGED_ATTENTION, dtype, "triton-invariant", batch_invariant=1, **sizes)
+    return *(
+        attention(pages.query, pages.kv_cache, pages.batch, dim**-0.5, kind)
+        for attention in (usual, invariant)
+    ), pages
+
+
+@pytest.fixture(scope="module")
+def _compiled() -> None:
+    """All kernels of the test below, side by side."""
+    with compile_ahead(os.cpu_count() or 1):
+        for case in ATTENTIONS:
+            attentions(*case)
+
+
+@pytest.mark.usefixtures("_compiled")
+@pytest.mark.parametrize(("kind", "dtype", "dim"), ATTENTIONS, ids=str)
+def test_every_kind_of_attention(kind, dtype, dim):
+    usual, invariant, pages = attentions(kind, dtype, dim)
+    expected = pages.expected(dim**-0.5)
+    close(usual, expected)
+    close(invariant, expected)
 
 
 @pytest.mark.parametrize("dtype", ERROR, ids=str)
