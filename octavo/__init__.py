@@ -11,13 +11,14 @@ from octavo.core import SamplingParams, StructuredOutputsParams, TokenLogprobs
 from octavo.errors import OctavoError
 
 if TYPE_CHECKING:
-    from octavo.engine import LLM, CompletionOutput, RequestOutput
+    from octavo.engine import LLM, CompletionOutput, LoRARequest, RequestOutput
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
     "CompletionOutput",
+    "LoRARequest",
     "OctavoError",
     "RequestOutput",
     "SamplingParams",
@@ -29,7 +30,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Torch takes a second to import: whoever wants the command line or the server waits for less.
-    if name in ("LLM", "CompletionOutput", "RequestOutput"):
+    if name in ("LLM", "CompletionOutput", "LoRARequest", "RequestOutput"):
         from octavo import engine
 
         return getattr(engine, name)

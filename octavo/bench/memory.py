@@ -157,13 +157,10 @@ class MemoryRow:
         return self.rounding + self.external + self.free
 
 
-class Witness:
+class Witness(Constraint):
     """A constraint that allows everything and remembers who asked: the public way to see a step."""
 
     name = "witness"
-    preempts = False
-    binds_running = True
-    stands_aside = False
 
     def __init__(self) -> None:
         self._asked: dict[str, Sequence] = {}
@@ -185,15 +182,6 @@ class Witness:
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
         self._asked[sequence.id] = sequence
         return num_tokens
-
-    def take(self, sequence: Sequence, num_tokens: int) -> None:
-        pass
-
-    def release(self, sequence: Sequence) -> None:
-        pass
-
-    def ran_out(self, num_tokens: int) -> None:
-        pass
 
     def explain(self, sequence: Sequence) -> str:
         return "everything is allowed"

@@ -54,7 +54,7 @@ class RealMachine:
         self.clock = SystemClock()
         self.model = model
         engine_options = EngineOptions.from_flat(model, options)
-        checkpoint = locate(model)
+        checkpoint = locate(model, weights=engine_options.loading.reads_weights)
         facts = device_facts(engine_options.device.device)
         model_config = read_model_config(checkpoint, engine_options.loading.model_impl)
         self.config = resolve(engine_options, model_config, facts)

@@ -32,7 +32,7 @@ def parse_shape(text: str) -> Shape:
 
 def model_shapes(model: str) -> list[Shape]:
     """The shape of each weight of a model, in the order in which they are made."""
-    config = read_model_config(locate(model))
+    config = read_model_config(locate(model, weights=False))
     weights = NoWeights()
     create_model(config, Build("meta", torch.bfloat16, weights=weights), max_positions=1)
     return [(case.sizes["out_features"], case.sizes["in_features"]) for case in weights.cases]

@@ -4,7 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from types import ModuleType
+from typing import Any
 
 from octavo import __version__
 from octavo.cli import (
@@ -43,11 +45,28 @@ COMMANDS: dict[str, ModuleType] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Takes flags by their whole names; one that is unknown is refused with those like it."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Also of a command, which would leave what it does not know to the parser above it."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            ours = self._option_string_actions
+            flags = [one.split("=")[0] for one in unknown if one.startswith("-")]
+            near = (get_close_matches(one, ours, cutoff=0.7) for one in flags)
+            alike = dict.fromkeys(name for names in near for name in names)
+            hint = f"; like it: {', '.join(alike)}" if alike else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return found, unknown
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="octavo", description="LLM inference and serving that you can read."
-    )
+    parser = _Parser(prog="octavo", description="LLM inference and serving that you can read.")
     parser.add_argument("--version", action="version", version=f"octavo {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, module in COMMANDS.items():

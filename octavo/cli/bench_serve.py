@@ -71,7 +71,7 @@ def _server(
         return
     options = bench_options(arguments)
     engine_options(arguments)  # what is wrong with them is better said before anything starts
-    checkpoint = locate(arguments.model)
+    checkpoint = locate(arguments.model, weights=False)
     last_id = read_model_config(checkpoint).vocab_size - 1
     setup = replace(setup, max_token_id=min(setup.max_token_id, last_id))
     with running_server(arguments.model, options) as url:

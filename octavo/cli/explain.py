@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     from octavo.runner import device_facts  # imports torch, which only sees the devices here
 
     options = engine_options(arguments)
-    checkpoint = locate(options.model)
+    checkpoint = locate(options.model, weights=False)
     facts = device_facts(options.device.device)
     model_config = read_model_config(checkpoint, options.loading.model_impl)
     config = resolve(options, model_config, facts)

@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what there is to say; the status is 1 where our own layers would refuse the model."""
-    checkpoint = locate(arguments.model)
+    checkpoint = locate(arguments.model, weights=False)
     found = inspect_config(checkpoint)
     tensors, problems = stored_tensors(checkpoint)
     tokenizer = tokenizer_facts(checkpoint)

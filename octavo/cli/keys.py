@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from octavo.errors import ConfigError
@@ -63,6 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         beside.unlink(missing_ok=True)
     print(key)
+    print(
+        f"{path} has its hash, and nothing has the key itself: keep it. "
+        f"octavo serve --api-key-file {path} takes it",
+        file=sys.stderr,
+    )
     return 0
 
 

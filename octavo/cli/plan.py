@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--check runs the model, so it needs a device of this machine")
     facts, major = planned_device(name, arguments.device_memory_gib)
     options = EngineOptions.from_flat(arguments.model, values)
-    checkpoint = locate(options.model)
+    checkpoint = locate(options.model, weights=arguments.check)
     model_config = read_model_config(checkpoint, options.loading.model_impl)
     config = resolve(options, model_config, facts)
     budget = device_budget(facts, major=major, utilization=config.gpu_memory_utilization)
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         draw_plan(segments(plan), f"{checkpoint.name} on {budget.name}", arguments.plot)
     if arguments.check:
-        return _check(options, name)
+        return _check(options, name, on_cpu=config.device == "cpu")
     return 1 if plan.missing_bytes else 0
 
 
@@ -113,8 +114,8 @@ def segments(plan: MemoryPlan) -> list[Segment]:
         reason = "taken at the first matrix product"
         workspace = Segment("activations", "cuBLAS workspace", plan.budget.workspace_bytes, reason)
         parts.append(workspace)
-    if plan.graph_overhead_bytes:
-        reason = "the largest step's memory, shared by all"
+    if plan.graph_bytes:
+        reason = "at most: the largest step's memory, shared by all"
         parts.append(Segment("activations", "CUDA graphs", plan.graph_bytes, reason))
     reason = "block tables, and the way to them"
     parts.append(Segment("rows", "rows", plan.row_bytes, reason))
@@ -154,6 +155,18 @@ def _kv_text(plan: MemoryPlan) -> str:
         f"  {layers.kind}: {layers.num_layers} layers of {layers.bytes_per_token_and_layer:,} bytes"
         for layers in plan.kv_layers
     ]
+    if not plan.kv_groups.keep_all:
+        windows = Counter(plan.kv_groups.windows)
+        kinds = (
+            f"{count} with whole contexts"
+            if window is None
+            else f"{count} in a window of {window:,}"
+            for window, count in windows.items()
+        )
+        lines.append(
+            f"  in {sum(windows.values())} groups ({', '.join(kinds)}), which share blocks of "
+            f"{plan.kv_block_bytes:,} bytes; what a window leaves behind is given back"
+        )
     return "\n".join(lines)
 
 
@@ -259,13 +272,16 @@ def _write(path: Path, text: str) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _check(options: EngineOptions, device: str) -> int:
+def _check(options: EngineOptions, device: str, *, on_cpu: bool) -> int:
     from octavo.engine import build_engine  # imports torch
     from octavo.engine.memory_report import TOLERANCE, measure_largest_step, with_activations
 
     options = dataclasses.replace(
         options, device=dataclasses.replace(options.device, device=device)
     )
+    if on_cpu:  # where only steps in this thread can be measured; they take the same memory
+        here = dataclasses.replace(options.scheduler, async_scheduling=False)
+        options = dataclasses.replace(options, scheduler=here)
     engine = build_engine(options)
     report = engine.memory
     if any(line.measured_bytes is None for line in report.lines):

@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     if target.exists() and not arguments.resume:
         raise ConfigError(f"{target} exists: choose another file, or go on with --resume")
     options = engine_options(arguments)
-    checkpoint = locate(options.model)
+    checkpoint = locate(options.model, weights=options.loading.reads_weights)
     done = frozenset(_answered(target)) if arguments.resume else frozenset[str]()
     process = EngineProcess(options)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from octavo.cli.flags import add_dataclass, add_engine_flags, collect, engine_options
 from octavo.config import locate
+from octavo.config.lora import parse_modules
 from octavo.engine import AsyncEngine, EngineProcess
 from octavo.engine.logs import configure_logs
 from octavo.errors import ConfigError, OctavoError
@@ -58,21 +59,29 @@ def _run(arguments: argparse.Namespace, config: ServerConfig) -> int:
     options = engine_options(arguments)
     if config.is_open and config.host not in LOOPBACK:
         logger.warning("whoever reaches %s may use this server: give --api-key-file", config.host)
-    checkpoint = locate(options.model)
+    checkpoint = locate(options.model, weights=options.loading.reads_weights)
+    for name, _ in parse_modules(options.lora.lora_modules):
+        if name in (checkpoint.name, *config.served_model_name):
+            raise ConfigError(f"lora_modules: the model itself is called {name!r}; choose another")
     listener = listen(config)
     url = f"{config.scheme}://{config.host}:{listener.getsockname()[1]}"
     print(f"Octavo serves {checkpoint.name}", flush=True)
     # Loads the model while this process imports the server.
     process = EngineProcess(options, log_format=config.log_format)
     try:
-        from octavo.server import create_app, serve
+        from octavo.server import create_app, return_large_blocks, serve
 
+        return_large_blocks()
         engine = AsyncEngine(
             process,
             NoTokenizer() if options.loading.skip_tokenizer_init else load_tokenizer(checkpoint),
             model_name=checkpoint.name,
             max_num_queued_reqs=options.scheduler.max_num_queued_reqs,
-            images=load_image_reader(checkpoint, model_impl=options.loading.model_impl),
+            images=load_image_reader(
+                checkpoint,
+                model_impl=options.loading.model_impl,
+                max_video_frames=config.max_video_frames,
+            ),
         )
 
         @asynccontextmanager

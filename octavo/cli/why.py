@@ -34,7 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
             detail = json.load(error)["error"]["message"]
         raise ConfigError(f"{arguments.url} answers {error.code}: {detail}") from error
     except OSError as error:
-        raise ConfigError(f"{arguments.url} cannot be reached: {error}") from error
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise ConfigError(
+            f"{arguments.url} cannot be reached: {reason}; --url names the server to ask"
+        ) from error
     for name, sentences in found["answers"].items():
         print(name)
         for sentence in sentences:

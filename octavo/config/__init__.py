@@ -7,6 +7,7 @@ from octavo.config.architectures import (
     read_model_config,
 )
 from octavo.config.checkpoint import ALIASES, Checkpoint, excerpt, locate
+from octavo.config.lora import LoRAConfig
 from octavo.config.model import (
     AttentionConfig,
     ClassHead,
@@ -24,6 +25,7 @@ from octavo.config.options import (
     CacheOptions,
     DeviceOptions,
     EngineOptions,
+    LoRAOptions,
     ModelOptions,
     SchedulerOptions,
     option,
@@ -53,6 +55,8 @@ __all__ = [
     "EngineOptions",
     "LatentAttentionConfig",
     "LayerConfig",
+    "LoRAConfig",
+    "LoRAOptions",
     "MLPConfig",
     "MoEConfig",
     "ModelConfig",

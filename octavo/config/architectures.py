@@ -19,6 +19,7 @@ from octavo.config.families.bert import (
     read_xlm_roberta,
     read_xlm_roberta_classifier,
 )
+from octavo.config.families.blip2 import read_blip2
 from octavo.config.families.deepseek import read_deepseek_v2
 from octavo.config.families.gemma import read_gemma2, read_gemma3
 from octavo.config.families.gpt2 import read_gpt2
@@ -248,6 +249,15 @@ BUILT_IN = (
         "octavo.models.qwen2_5_vl:Qwen25VL",
         family="Qwen2.5-VL",
         features="images of any size: windows, 2D rotation, M-RoPE",
+    ),
+    Architecture(
+        "blip2",
+        "Blip2ForConditionalGeneration",
+        "blip-2",
+        read_blip2,
+        "octavo.models.blip2:create_blip2",
+        family="BLIP-2 with OPT, or with Llama as MiniGPT-4 has it",
+        features="images: EVA's tower, a Q-Former",
     ),
     *ENCODERS,
 )

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from octavo.core import KVGroups
 from octavo.errors import ConfigError
 
 ENTRY = re.compile(r"(\d+)(?:\+(\d+))?:(\d+(?:\.\d+)?)")
@@ -22,12 +23,13 @@ class Pool:
     block_size: int  # tokens
     allocator: str  # `CacheOptions.kv_allocator`
     longest: int  # tokens of the longest sequence
+    groups: KVGroups = KVGroups()
 
     def blocks_of(self, num_tokens: int) -> int:
         """Blocks that a sequence holds when it has so many tokens, and will have no more."""
         if self.allocator == "contiguous":
             num_tokens = self.longest  # everyone gets a run for the longest context
-        num_blocks = -(-num_tokens // self.block_size)
+        num_blocks = self.groups.num_blocks_at_rest(num_tokens, self.block_size)
         if self.allocator == "contiguous-buddy":
             return 1 << (num_blocks - 1).bit_length()
         return num_blocks
@@ -36,6 +38,9 @@ class Pool:
         """Blocks of a sequence, averaged over the steps that compute its output tokens."""
         if self.allocator != "paged":
             return self.blocks_of(num_tokens)  # held from the start
+        if not self.groups.keep_all:
+            lengths = range(num_tokens - num_output_tokens + 1, num_tokens + 1)
+            return sum(map(self.blocks_of, lengths)) / num_output_tokens
 
         def sum_up_to(length: int) -> int:
             """blocks_of(1) + ... + blocks_of(length)"""

@@ -23,7 +23,8 @@ MAX_JSON_DEPTH = 64
 HALF_CHARACTER = re.compile(r"\\u[dD][89a-fA-F]")  # the escape of a surrogate
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
+HUB_WEIGHTS = "*.safetensors"
+HUB_FILES = ["*.json", "*.jinja"]
 # Subdirectories hold other formats of the same weights. Those with a number are of
 # sentence-transformers' steps, of which the config is read.
 HUB_IGNORED = ["[!0-9]*/*", "*/*.safetensors"]
@@ -47,11 +48,11 @@ ALIASES = {
 }
 
 
-def locate(model: str) -> "Checkpoint":
+def locate(model: str, *, weights: bool = True) -> "Checkpoint":
     """Find the files of MODEL: an alias, a directory, a .gguf file or a hub id "org/name".
 
     A hub id is downloaded where the local hub cache lacks it; a hub that does not answer is given
-    up after seconds.
+    up after seconds. With `weights` false only its small files are, for those who load nothing.
 
     Raises:
         ModelNotFoundError: there is no such model; the message says what would help.
@@ -72,7 +73,8 @@ def locate(model: str) -> "Checkpoint":
             f"the model {_short(model)} cannot be looked up: {reason}. {_remedies()}"
         ) from error
     if HUB_ID.fullmatch(model) and not model.startswith(".") and path.suffix != ".gguf":
-        return Checkpoint(model, _download(model), "directory")
+        path, commit = _download(model, weights=weights)
+        return Checkpoint(model, path, "directory", None if weights else commit)
     raise ModelNotFoundError(f"no model {_short(model)}: no such file or directory. {_remedies()}")
 
 
@@ -107,7 +109,8 @@ def _file(path: Path) -> "Checkpoint":
     return Checkpoint(path.stem, path, "gguf")
 
 
-def _download(model: str) -> Path:
+def _download(model: str, *, weights: bool) -> tuple[Path, str | None]:
+    """(the directory, the commit that the hub has; None where the hub does not answer)"""
     # Imported here because it takes 0.2 s, which the models on this machine need not pay.
     from huggingface_hub import HfApi, snapshot_download
 
@@ -120,20 +123,21 @@ def _download(model: str) -> Path:
         unreachable = error
     try:
         folder = snapshot_download(
-            model,
-            revision=commit,
-            allow_patterns=HUB_FILES,
+            model,  # not that commit of it, or the cache has no branch to find it by later
+            allow_patterns=[*HUB_FILES, HUB_WEIGHTS] if weights else HUB_FILES,
             ignore_patterns=HUB_IGNORED,
             etag_timeout=HUB_TIMEOUT_S,
             local_files_only=unreachable is not None,
         )
+        if weights and unreachable and not any(Path(folder).glob(HUB_WEIGHTS)):
+            raise FileNotFoundError("its small files alone are here")
     except Exception as error:
         cause = str(unreachable or error).strip().split("\n")[0]
         raise ModelNotFoundError(
             f"the model {model!r} is neither on this machine nor could it be had from the hub: "
             f"{cause or type(unreachable or error).__name__}. {_remedies()}"
         ) from error
-    return _directory(Path(folder)).path
+    return _directory(Path(folder)).path, commit
 
 
 def pickle_refusal(path: Path) -> str:
@@ -171,6 +175,7 @@ class Checkpoint:
     name: str  # what clients call the model; never a path
     path: Path  # the directory, or the GGUF file
     kind: Literal["directory", "gguf"]
+    commit: str | None = None  # of the hub's repository `name`, where its weights were left there
 
     @cached_property
     def gguf(self) -> GgufHeader:

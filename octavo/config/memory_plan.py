@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from octavo.config.capacity import Pool
 from octavo.config.planned_steps import Moment, expected_ops, plan_moments
 from octavo.config.planned_weights import KVLayers, WeightGroup, plan_kv_layers, plan_weights
-from octavo.config.resolve import ResolvedConfig
+from octavo.config.resolve import DTYPE_BYTES, ResolvedConfig
 from octavo.config.step_sizes import decode_sizes, mixed_sizes
+from octavo.core import KVGroups
 
 INT32, INT64 = 4, 8  # bytes
-GRAPH_BYTES_PER_LAYER = 240 * 2**10  # measured: 218 and 259 KiB on an H100, 8B and 0.6B
+# Of CUDA graphs, measured on an H100 with four models of 16 to 48 layers: what the first one makes
+# the driver take, what each takes for a layer, and what their pool takes of the largest step's
+# memory, being cut into pieces of which some are too small for what comes later.
+FIRST_GRAPH_BYTES, GRAPH_BYTES_PER_LAYER, POOL_SHARE = 86 * 2**20, 27 * 2**10, 1.3
 NEW_BLOCKS_WORDS = 2**16  # of the runner's packets, for blocks that sequences were given
 
 
@@ -40,9 +44,11 @@ class MemoryPlan:
     kv_layers: tuple[KVLayers, ...]
     moments: tuple[Moment, ...]
     row_bytes: int  # the runner's tables of rows, and the packets of steps
-    graph_overhead_bytes: int  # 0 where there are no graphs
+    graph_bytes: int  # the most that CUDA graphs keep; 0 where there are none
     kv_cache_bytes: int  # negative where nothing is left: what is missing
+    kv_block_bytes: int  # of one block, which serves one of the groups below
     block_size: int
+    kv_groups: KVGroups
     kv_allocator: str  # `CacheOptions.kv_allocator`
     max_num_seqs: int
     max_model_len: int  # the context that was asked for, or the checkpoint's
@@ -68,30 +74,28 @@ class MemoryPlan:
         return self.peak.num_bytes + self.budget.workspace_bytes
 
     @property
-    def graph_bytes(self) -> int:
-        """What CUDA graphs keep: the largest step's memory, which all share, and themselves."""
-        return self.peak.num_bytes + self.graph_overhead_bytes if self.graph_overhead_bytes else 0
-
-    @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of one token over all layers."""
+        """Bytes of one token over all layers, while all of them see it."""
         return sum(layers.bytes_per_token for layers in self.kv_layers)
 
     @property
     def num_blocks(self) -> int:
         """Blocks of the KV cache; 0 where it has no room."""
-        block_bytes = self.kv_bytes_per_token * self.block_size
-        return max(self.kv_cache_bytes, 0) // block_bytes if block_bytes else 0
+        return max(self.kv_cache_bytes, 0) // self.kv_block_bytes if self.kv_block_bytes else 0
 
     @property
     def kv_pool_bytes(self) -> int:
         """Bytes of the whole blocks that are allocated."""
-        return self.num_blocks * self.block_size * self.kv_bytes_per_token
+        return self.num_blocks * self.kv_block_bytes
 
     @property
     def num_kv_tokens(self) -> int:
-        """Tokens that the KV cache holds."""
-        return self.num_blocks * self.block_size
+        """Tokens that the KV cache holds, in sequences of the largest context."""
+        longest = self.largest_context
+        if self.kv_groups.keep_all or not longest:
+            return self.num_blocks * self.block_size
+        held = self.kv_groups.num_blocks_at_rest(longest, self.block_size)
+        return self.num_blocks * longest // held
 
     @property
     def largest_context(self) -> int:
@@ -101,12 +105,20 @@ class MemoryPlan:
         run = self.num_blocks
         if self.kv_allocator == "contiguous-buddy":
             run = 1 << run.bit_length() >> 1  # one run of a power of two
-        return min(run * self.block_size, self.max_model_len)
+        return min(
+            self.kv_groups.longest_in(run, self.block_size, self.max_model_len), self.max_model_len
+        )
 
     @property
     def pool(self) -> Pool:
         """The KV cache as sequences see it."""
-        return Pool(self.num_blocks, self.block_size, self.kv_allocator, self.largest_context)
+        return Pool(
+            self.num_blocks,
+            self.block_size,
+            self.kv_allocator,
+            self.largest_context,
+            self.kv_groups,
+        )
 
     @property
     def unused_bytes(self) -> int:
@@ -135,12 +147,12 @@ def plan_memory(
     weights = plan_weights(config, packed="linear" in compiled and config.device == "cpu")
     moments = plan_moments(config, compiled)
     row_bytes = plan_rows(config)
+    activation_bytes = max(moment.num_bytes for moment in moments) + budget.workspace_bytes
     has_graphs = config.device == "cuda" and not config.enforce_eager
-    overhead = graph_overhead_bytes(config) if has_graphs else 0
+    graph_bytes = most_graph_bytes(config, activation_bytes) if has_graphs else 0
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None:
-        taken = sum(group.num_bytes for group in weights) + budget.workspace_bytes
-        taken += max(moment.num_bytes for moment in moments) * (1 + has_graphs) + overhead
+        taken = sum(group.num_bytes for group in weights) + activation_bytes + graph_bytes
         kv_cache_bytes = budget.usable_bytes - taken - budget.others_bytes - row_bytes
     return MemoryPlan(
         budget=budget,
@@ -148,24 +160,35 @@ def plan_memory(
         kv_layers=plan_kv_layers(config),
         moments=moments,
         row_bytes=row_bytes,
-        graph_overhead_bytes=overhead,
+        graph_bytes=graph_bytes,
         kv_cache_bytes=kv_cache_bytes,
+        kv_block_bytes=config.kv_block_bytes,
         block_size=config.block_size,
+        kv_groups=config.kv_groups,
         kv_allocator=config.kv_allocator,
         max_num_seqs=config.max_num_seqs,
         max_model_len=config.max_model_len,
     )
 
 
-def graph_overhead_bytes(config: ResolvedConfig) -> int:
-    """Bytes of all CUDA graphs of the model's pass themselves: nodes and their arguments."""
+def most_graph_bytes(config: ResolvedConfig, activation_bytes: int) -> int:
+    """Bytes that CUDA graphs keep at most: their shared memory, and nodes with their arguments.
+
+    Args:
+        config: as `resolve` made it.
+        activation_bytes: of the largest step at its peak, the workspace of cuBLAS included, of
+            which the stream that they are captured on has its own.
+    """
+    logits = config.max_num_seqs * config.model.vocab_size * DTYPE_BYTES[config.dtype]
     sizes = decode_sizes(config.max_num_seqs), mixed_sizes(config.max_num_batched_tokens)
-    return sum(map(len, sizes)) * config.model.num_layers * GRAPH_BYTES_PER_LAYER
+    nodes = sum(map(len, sizes)) * config.model.num_layers * GRAPH_BYTES_PER_LAYER
+    return int(activation_bytes * POOL_SHARE) + logits + nodes + FIRST_GRAPH_BYTES
 
 
 def plan_rows(config: ResolvedConfig) -> int:
     """Bytes of the block tables of all rows, and of the memory through which steps reach them."""
     num_rows, num_blocks = config.max_num_seqs + 1, -(-config.max_model_len // config.block_size)
+    num_blocks *= config.kv_groups.num_groups
     tables = num_rows * (num_blocks * INT32 + INT64)
     # As `octavo.runner.packet` lays a step out in which every token is drawn after.
     packet = 11 * config.max_num_batched_tokens + 3 * config.max_num_seqs + NEW_BLOCKS_WORDS

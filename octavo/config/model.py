@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from octavo.config.families.vision_shapes import PixelSettings, VisionConfig
+    from octavo.config.families.vision_shapes import PixelSettings, VideoSettings, VisionConfig
 
 DTYPES = ("bfloat16", "float16", "float32")
 # arXiv 1702.03118; arXiv 1606.08415, section 2, as it is, with tanh and with a sigmoid;
@@ -272,6 +272,8 @@ class ModelConfig:
     vision: "VisionConfig | None" = None
     image_token_id: int | None = None
     pixels: "PixelSettings | None" = None  # how it wants them prepared
+    video_token_id: int | None = None  # where rows of a video go; None: it takes none
+    videos: "VideoSettings | None" = None
 
     @property
     def is_bridged(self) -> bool:

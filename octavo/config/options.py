@@ -45,11 +45,16 @@ class ModelOptions:
     count_expert_tokens: bool = option(
         False,
         "count the tokens that each expert of a mixture gets, which costs a kernel a layer; "
-        "llm.expert_tokens() and GET /debug/experts tell",
+        "llm.expert_tokens(), GET /debug/experts and /metrics tell",
     )
     max_model_len: int | None = option(
         None, "longest prompt and output together, in tokens; default: what the checkpoint allows"
     )
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the checkpoint's own are wanted, and not random ones in their place."""
+        return self.load_format != "dummy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +91,11 @@ class CacheOptions:
         None,
         "reuse the KV of prompts' common beginnings, found by their full blocks; default: yes, "
         "where blocks are paged",
+    )
+    free_outside_windows: bool | None = option(
+        None,
+        "layers with a sliding window give back the blocks that they see no more; default: yes, "
+        "where blocks are paged and stay on the device",
     )
     kv_cache_memory_bytes: int | None = option(
         None, "bytes for the KV cache; default: 1 GiB on a CPU, what is left on a GPU"
@@ -155,11 +165,29 @@ class SchedulerOptions:
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoRAOptions:
+    """Adapters of the model that requests may name instead of it."""
+
+    enable_lora: bool = option(False, "serve LoRA adapters beside the model (docs/lora.md)")
+    lora_modules: tuple[str, ...] = option(
+        (), "adapters that are there at the start: name=directory, as PEFT saves it"
+    )
+    max_loras: int = option(1, "adapters that one step may hold: slots in the device's memory")
+    max_lora_rank: int = option(16, "largest rank of an adapter; all slots have room for it")
+    max_cpu_loras: int = option(32, "adapters that may be loaded: copies in host memory")
+    lora_dir: str | None = option(
+        None,
+        "directory below which POST /v1/load_lora_adapter may name adapters; default: it may not",
+    )
+
+
 GROUPS: dict[str, type] = {
     "loading": ModelOptions,
     "device": DeviceOptions,
     "cache": CacheOptions,
     "scheduler": SchedulerOptions,
+    "lora": LoRAOptions,
 }
 
 
@@ -172,6 +200,7 @@ class EngineOptions:
     device: DeviceOptions = field(default_factory=DeviceOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    lora: LoRAOptions = field(default_factory=LoRAOptions)
 
     @classmethod
     def from_flat(cls, model: str, values: Mapping[str, Any]) -> "EngineOptions":
@@ -210,6 +239,10 @@ def _is_real(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _is_words(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and all(isinstance(word, str) for word in value)
+
+
 def _check(options: EngineOptions) -> None:
     for group in GROUPS:
         values = getattr(options, group)
@@ -222,6 +255,8 @@ def _check(options: EngineOptions) -> None:
                 raise ConfigError(f"{f.name} must be a positive integer, got {value!r}")
             if f.type == float | None and value is not None and not (_is_real(value) and value > 0):
                 raise ConfigError(f"{f.name} must be greater than 0, got {value!r}")
+            if isinstance(f.default, tuple) and not _is_words(value):
+                raise ConfigError(f"{f.name} must be made of words, got {value!r}")
             is_switch = f.type is bool or (f.type == bool | None and value is not None)
             if is_switch and not isinstance(value, bool):
                 raise ConfigError(f"{f.name} must be true or false, got {value!r}")

@@ -4,10 +4,17 @@ Owns the arithmetic of activations as our layers and kernels lay them out. Knows
 """
 
 import math
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
-from octavo.config.model import AttentionConfig, LatentAttentionConfig, MLPConfig, MoEConfig
+from octavo.config.lora import LORA_ROWS, LoRAConfig, adapted_products, num_splits
+from octavo.config.model import (
+    AttentionConfig,
+    LatentAttentionConfig,
+    LayerConfig,
+    MLPConfig,
+    MoEConfig,
+)
 from octavo.config.planned_weights import PACKED_DEPTH_STEP
 from octavo.config.resolve import DTYPE_BYTES, ResolvedConfig
 
@@ -29,6 +36,7 @@ COMPILED_OPS: dict[str, frozenset[str]] = {
             "paged_attention",
             "sample_tokens",
             "layer_norm",
+            "encoder_attention",
             "latent_attention",
             *_MOE_OPS,
             *_SMALL_OPS,
@@ -83,7 +91,7 @@ def expected_ops(config: ResolvedConfig, *, major: int = 0) -> frozenset[str]:
     if config.model.is_bridged:
         return COMPILED_OPS[config.device] & {"paged_attention", "sample_tokens"}
     if config.model.is_encoder:
-        return COMPILED_OPS[config.device] & {"linear", "layer_norm"}
+        return COMPILED_OPS[config.device] & {"linear", "layer_norm", "encoder_attention"}
     layers = config.model.layers
     of_others = _WRITE_OPS - {_write_op(layer.attention) for layer in layers}
     mixtures = [layer.mlp for layer in layers if isinstance(layer.mlp, MoEConfig)]
@@ -91,6 +99,7 @@ def expected_ops(config: ResolvedConfig, *, major: int = 0) -> frozenset[str]:
     dense += [mixture.shared for mixture in mixtures if mixture.shared is not None]
     of_others |= set() if mixtures else _MOE_OPS
     latent = {isinstance(layer.attention, LatentAttentionConfig) for layer in layers}
+    of_others |= set() if config.model.vision is not None else {"encoder_attention"}
     of_others |= set() if True in latent else {"latent_attention"}
     of_others |= set() if False in latent else {"paged_attention"}
     gated = [mlp for mlp in dense if mlp.gated]
@@ -100,6 +109,7 @@ def expected_ops(config: ResolvedConfig, *, major: int = 0) -> frozenset[str]:
     ops = COMPILED_OPS[config.device] - of_others
     has_bias = any(mlp.bias for mlp in gated)
     is_other = has_bias or gates != {"silu_mul"}
+    is_other |= config.lora is not None  # adapters add to the product before its gate
     apart = config.batch_invariant or is_other or config.dtype == "float32"
     return ops if major != HOPPER or apart else ops | {"gated_linear"}
 
@@ -128,7 +138,7 @@ def plan_moments(config: ResolvedConfig, compiled: Set[str]) -> tuple[Moment, ..
     filters of the distribution add to a draw.
     """
     if config.model.is_encoder:
-        return _encoder_moments(config)
+        return _encoder_moments(config, compiled)
     num_tokens, num_rows = largest_step(config)
     size = DTYPE_BYTES[config.dtype]
     stream = (num_tokens, config.model.hidden_size)
@@ -154,10 +164,12 @@ def plan_moments(config: ResolvedConfig, compiled: Set[str]) -> tuple[Moment, ..
         else:
             beside = [LiveTensor("attention's output", stream, size)] if layer.parallel else []
             moments.append(_mlp_moment(config, layer.mlp, held + beside, compiled))
+        if config.lora is not None:
+            moments += _adapter_moments(config, config.lora, layer, held)
     return (*moments, _draw_moment(config, num_rows, compiled))
 
 
-def _encoder_moments(config: ResolvedConfig) -> tuple[Moment, ...]:
+def _encoder_moments(config: ResolvedConfig, compiled: Set[str]) -> tuple[Moment, ...]:
     """As `plan_moments`, where each sequence has an equal share of the tokens and becomes a vector.
 
     Norms come behind, and write over the stream that they add to.
@@ -171,11 +183,13 @@ def _encoder_moments(config: ResolvedConfig) -> tuple[Moment, ...]:
     moments = []
     for layer in config.model.kinds_of_layers:
         heads = layer.attention.num_heads * layer.attention.head_dim
-        tensors = (
+        tensors = [
             LiveTensor("queries, keys, values", (3, num_tokens, heads), size),
             LiveTensor("attended values", (num_tokens, heads), size),
-            LiveTensor("those of one sequence", (-(-num_tokens // num_rows), heads), size),
-        )
+        ]
+        if "encoder_attention" not in compiled:
+            one = (-(-num_tokens // num_rows), heads)
+            tensors.append(LiveTensor("those of one sequence", one, size))
         moments.append(Moment("attention", (*held, *tensors)))
         if isinstance(layer.mlp, MLPConfig):
             moments.append(_mlp_moment(config, layer.mlp, held, frozenset()))
@@ -329,6 +343,26 @@ def _mlp_moment(
     if _GATE_OPS[mlp.activation] not in compiled:
         tensors.append(LiveTensor(f"{mlp.activation}(gate)", inner, size))
     return Moment("MLP", (*held, *tensors))
+
+
+def _adapter_moments(
+    config: ResolvedConfig, lora: LoRAConfig, layer: LayerConfig, held: list[LiveTensor]
+) -> Iterator[Moment]:
+    """While adapters add to a product's output: also its input, and what is between A and B."""
+    size, (num_tokens, hidden_size) = DTYPE_BYTES[config.dtype], held[0].shape
+    normed = LiveTensor("normed input", (num_tokens, hidden_size), size)
+    for product in adapted_products(layer, hidden_size):
+        rows, rank = sum(product.parts), len(product.parts) * lora.max_lora_rank
+        tensors = [normed, LiveTensor("output", (num_tokens, rows), size)]
+        if len(product.parts) == 1:  # it reads what the one before it made
+            tensors.append(LiveTensor("input", (num_tokens, product.columns), size))
+        if config.device == "cuda":
+            splits = num_splits(num_tokens, product.columns, invariant=config.batch_invariant)
+            tensors.append(LiveTensor("between A and B", (splits, num_tokens, rank), FP32))
+        else:
+            at_once = min(num_tokens, LORA_ROWS), product.columns + rank + 2 * rows
+            tensors.append(LiveTensor("one piece of them through A and B", at_once, size))
+        yield Moment("adapters", (*held, *tensors))
 
 
 def _experts_moments(

@@ -1,12 +1,13 @@
 """The weights of vision encoders, counted from their shapes. Knows no torch."""
 
 from octavo.config.families.vision_shapes import (
+    Blip2VisionConfig,
     LlavaVisionConfig,
+    QFormerConfig,
     Qwen25VisionConfig,
     VisionConfig,
     ViTConfig,
 )
-from octavo.errors import IntegrityError
 
 # (rows, columns) of matrices, numbers in vectors and tables, and how often there is such a part.
 Part = tuple[tuple[tuple[int, int], ...], int, int]
@@ -16,9 +17,9 @@ def encoder_parts(vision: VisionConfig) -> list[Part]:
     """What an encoder holds of its checkpoint."""
     if isinstance(vision, LlavaVisionConfig):
         return _llava_parts(vision)
-    if isinstance(vision, Qwen25VisionConfig):
-        return _qwen_parts(vision)
-    raise IntegrityError(f"nobody counted the weights of {type(vision).__name__}")
+    if isinstance(vision, Blip2VisionConfig):
+        return _blip2_parts(vision)
+    return _qwen_parts(vision)
 
 
 def _llava_parts(vision: LlavaVisionConfig) -> list[Part]:
@@ -34,6 +35,35 @@ def _llava_parts(vision: LlavaVisionConfig) -> list[Part]:
         (*_vit_block(tower), max(vision.feature_layers)),  # what lies behind is not held
         (products, (inner + out_size) * projector.bias + newline, 1),
     ]
+
+
+def _blip2_parts(vision: Blip2VisionConfig) -> list[Part]:
+    tower, qformer, out_size = vision.tower, vision.qformer, vision.out_hidden_size
+    size, width = tower.hidden_size, qformer.hidden_size
+    # A bias of patches, a class token, the positions of it and all patches, and the last norm.
+    outer = size + size + (1 + tower.num_patches) * size + 2 * size
+    num_crossing = -(-qformer.num_layers // qformer.cross_attention_every)
+    plain, crossing = _qformer_layer(qformer), _crossing(qformer, size)
+    return [
+        (((size, 3 * tower.patch_size**2),), outer, 1),
+        (*_vit_block(tower), tower.num_layers),
+        (*plain, qformer.num_layers),
+        (*crossing, num_crossing),
+        (((out_size, width),), out_size + (qformer.num_queries + 2) * width, 1),
+    ]
+
+
+def _qformer_layer(qformer: QFormerConfig) -> tuple[tuple[tuple[int, int], ...], int]:
+    """Without what looks at the image."""
+    size, mlp = qformer.hidden_size, qformer.mlp
+    matrices = (3 * size, size), (size, size), *mlp.matrices(size)
+    return matrices, 4 * size + mlp.num_vector_values(size) + 4 * size  # biases, two layer norms
+
+
+def _crossing(qformer: QFormerConfig, image_width: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    size = qformer.hidden_size
+    matrices = (size, size), (2 * size, image_width), (size, size)
+    return matrices, 4 * size + 2 * size  # biases and a layer norm
 
 
 def _qwen_parts(vision: Qwen25VisionConfig) -> list[Part]:

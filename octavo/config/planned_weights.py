@@ -5,8 +5,9 @@ Owns the arithmetic of how they are stored. Knows no torch and no steps.
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from octavo.config.lora import slot_matrices
 from octavo.config.planned_vision import encoder_parts
 from octavo.config.resolve import DTYPE_BYTES, ResolvedConfig
 
@@ -83,6 +84,10 @@ def plan_weights(config: ResolvedConfig, *, packed: bool) -> tuple[WeightGroup, 
         outer.append(WeightGroup("learned positions", n, n * DTYPE_BYTES[config.dtype], plain))
     if model.vision is not None:
         outer.append(group("vision encoder", encoder_parts(model.vision)))
+    if config.lora is not None:
+        matrices = tuple(slot_matrices(model, config.lora))
+        slots = group("slots of adapters", [(matrices, 0, config.lora.max_loras)])
+        outer.append(replace(slots, num_parameters=0))  # those of adapters are not the model's
     num_norms = model.num_norm_values
     shared = "one for all layers" if len(model.ropes) < 2 else "one for layers that turn alike"
     norm_dtype = "float32" if model.zero_centered_norms else config.dtype

@@ -8,8 +8,16 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from octavo.config.kv_groups import (
+    LayerGroups,
+    group_by_window,
+    whole_contexts,
+    why_not_grouped,
+)
+from octavo.config.lora import LoRAConfig, resolve_lora
 from octavo.config.model import ModelConfig
 from octavo.config.options import EngineOptions
+from octavo.core import KVGroups
 from octavo.errors import ConfigError
 
 Source = Literal["user", "default", "checkpoint", "device", "rule"]
@@ -19,6 +27,7 @@ CPU_KV_CACHE_BYTES = 2**30
 # Options that mean nothing where no KV is kept.
 OF_KV = {
     "enable_prefix_caching",
+    "free_outside_windows",
     "kv_allocator",
     "kv_cache_memory_bytes",
     "kv_offloading_disk_path",
@@ -70,6 +79,7 @@ class ResolvedConfig:
     block_size: int
     kv_allocator: str
     enable_prefix_caching: bool
+    free_outside_windows: bool
     kv_cache_bytes: int | None
     kv_offloading_bytes: int
     kv_offloading_disk_bytes: int
@@ -82,6 +92,7 @@ class ResolvedConfig:
     max_num_queued_reqs: int
     max_num_queued_tokens: int | None
     target_ttft_ms: int | None
+    lora: LoRAConfig | None
     settings: tuple[Setting, ...]
 
     @property
@@ -90,9 +101,24 @@ class ResolvedConfig:
         return self.determinism == "batch-invariant"
 
     @property
+    def layer_groups(self) -> LayerGroups:
+        """Which layers share a block table."""
+        if self.free_outside_windows:
+            return group_by_window(self.model)
+        return whole_contexts(self.model)
+
+    @property
+    def kv_groups(self) -> KVGroups:
+        """What each of these groups keeps of a sequence."""
+        return KVGroups(self.layer_groups.windows, self.max_num_batched_tokens)
+
+    @property
     def kv_block_bytes(self) -> int:
-        """Bytes of one KV block over all layers."""
-        return self.model.num_cached_values * DTYPE_BYTES[self.dtype] * self.block_size
+        """Bytes of one KV block, over all layers that have a place in it."""
+        num_values = self.model.num_cached_values
+        if self.free_outside_windows:
+            num_values = num_values // self.model.num_layers * self.layer_groups.num_places
+        return num_values * DTYPE_BYTES[self.dtype] * self.block_size
 
     @property
     def num_cached_image_tokens(self) -> int:
@@ -187,12 +213,14 @@ def resolve(options: EngineOptions, model: ModelConfig, facts: DeviceFacts) -> R
             "kv_allocator", options.cache.kv_allocator, "wastes less than a block a sequence"
         ),
         enable_prefix_caching=_prefix_caching(options, ledger),
+        free_outside_windows=_windows(options, model, ledger),
         kv_cache_bytes=kv_cache_bytes,
         gpu_memory_utilization=utilization,
         **_encoding(options, ledger, max_num_batched_tokens),
         **_offloading(options, facts, ledger),
         **_execution(options, facts, ledger, is_bridged=model.is_bridged),
         **_queueing(options, ledger),
+        lora=resolve_lora(options, model, ledger.as_given),
         settings=(),
     )
     if model.is_encoder:
@@ -331,6 +359,24 @@ def _prefix_caching(options: EngineOptions, ledger: _Ledger) -> bool:
     return bool(ledger.choose("enable_prefix_caching", given, "rule", False, why))
 
 
+def _windows(options: EngineOptions, model: ModelConfig, ledger: _Ledger) -> bool:
+    """Whether layers with windows give back what they see no more."""
+    given, name = options.cache.free_outside_windows, "free_outside_windows"
+    context = options.loading.max_model_len or model.max_position_embeddings
+    windows = [layer.attention.window or context for layer in model.layers]
+    why_not = why_not_grouped(model)
+    if why_not is None and min(windows) >= context:
+        why_not = f"no context is longer than {context}, and so than a window"
+    if why_not is None and options.cache.kv_allocator != "paged":
+        why_not = f"kv_allocator {options.cache.kv_allocator} gives a sequence one run of blocks"
+    if why_not is None and options.cache.kv_offloading_size:
+        why_not = "with kv_offloading_size, blocks of whole contexts move between memories"
+    if given and why_not is not None:
+        raise ConfigError(f"{name} cannot be had: {why_not}; leave it out")
+    why = why_not or "layers with a window leave the room to others"
+    return bool(ledger.choose(name, given, "rule", why_not is None, why))
+
+
 def _offloading(options: EngineOptions, facts: DeviceFacts, ledger: _Ledger) -> dict[str, Any]:
     """The memory below the device, and what preemption does with it."""
     cache, mode = options.cache, options.scheduler.preemption_mode
@@ -427,12 +473,12 @@ def fit_max_model_len(
         ConfigError: the user asked for more than fits, or hardly anything fits.
     """
     kv_cache_bytes = config.kv_cache_bytes or 0
-    num_blocks = kv_cache_bytes // config.kv_block_bytes
+    num_blocks = config.num_device_blocks
     one_run = ""
     if config.kv_allocator == "contiguous-buddy":
         # One sequence lies in one run, and the longest is the largest power of two in the pool.
         num_blocks, one_run = 1 << num_blocks.bit_length() >> 1, " in one run of a power of two"
-    num_slots = num_blocks * config.block_size
+    num_slots = config.kv_groups.longest_in(num_blocks, config.block_size, wanted)
     if num_slots >= wanted:
         return wanted, source, ""
     have = f"{kv_cache_bytes // MIB} MiB of KV cache hold {num_slots} tokens{one_run}"

@@ -1,7 +1,8 @@
 """What tensors a checkpoint holds, from the heads of its files: names, shapes, types and bytes.
 
-For people who look at a model (`octavo inspect`). Whoever loads it reads the files through their
-libraries, which check more (`octavo.weights`). Knows no torch; reads no data.
+For people who look at a model (`octavo inspect`), whose files may lie on the hub and stay there.
+Whoever loads it reads them through their libraries, which check more (`octavo.weights`). Knows no
+torch; reads no data.
 """
 
 import json
@@ -50,7 +51,8 @@ def stored_tensors(checkpoint: Checkpoint) -> tuple[tuple[StoredTensor, ...], tu
     problems = []
     for path in paths:
         try:
-            tensors += _of_safetensors(path)
+            remote = checkpoint.commit is not None and not path.is_file()
+            tensors += _of_hub(checkpoint, path.name) if remote else _of_safetensors(path)
         except CheckpointError as error:
             problems.append(str(error))
     others = Counter(tensor.dtype for tensor in tensors if tensor.dtype not in DTYPES)
@@ -95,6 +97,23 @@ def _of_safetensors(path: Path) -> Iterator[StoredTensor]:
     except struct.error as error:
         raise CheckpointError(f"{path}: damaged safetensors file: no header") from error
     return iter(found)
+
+
+def _of_hub(checkpoint: Checkpoint, file: str) -> Iterator[StoredTensor]:
+    """The tensors of a file that is not here: the hub is asked for its first bytes."""
+    # Imported here because it takes 0.2 s, which the models on this machine need not pay.
+    from huggingface_hub import HfApi
+
+    try:
+        head = HfApi().parse_safetensors_file_metadata(
+            checkpoint.name, file, revision=checkpoint.commit
+        )
+    except Exception as error:  # the HTTP library's own classes, which differ between versions
+        reason = f"{type(error).__name__}: {excerpt(error)}"
+        raise CheckpointError(f"the head of {file} cannot be had from the hub: {reason}") from error
+    for name, info in head.tensors.items():
+        start, end = info.data_offsets
+        yield StoredTensor(name, tuple(info.shape), str(info.dtype), end - start)
 
 
 def _of_gguf(tensor: GgufTensor) -> StoredTensor:

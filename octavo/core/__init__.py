@@ -1,8 +1,10 @@
 """The nouns of Octavo. Pure data and arithmetic: no torch, no HTTP, no files."""
 
+from octavo.core.adapters import Adapter
 from octavo.core.events import EngineStats, RequestEvent, RequestStatus, SleepReport
 from octavo.core.failure import FailureCode
 from octavo.core.images import NO_IMAGES, ImageInput, Picture, SeenImages
+from octavo.core.kv_groups import KVGroups, first_seen_block
 from octavo.core.plan import (
     NewSequence,
     Reading,
@@ -16,6 +18,7 @@ from octavo.core.plan import (
 )
 from octavo.core.pooling import POOLING_TYPES, SCORE, PoolingParams, PoolingType
 from octavo.core.protocols import (
+    CacheFile,
     Clock,
     Executor,
     Launch,
@@ -53,6 +56,8 @@ __all__ = [
     "RUNNING",
     "SCORE",
     "WAITING",
+    "Adapter",
+    "CacheFile",
     "Clock",
     "EngineStats",
     "Executor",
@@ -61,6 +66,7 @@ __all__ = [
     "Fork",
     "Grammars",
     "ImageInput",
+    "KVGroups",
     "Launch",
     "Matcher",
     "ModelTasks",
@@ -92,5 +98,6 @@ __all__ = [
     "Transfer",
     "check_prompt",
     "check_sampling_ids",
+    "first_seen_block",
     "resolve_max_tokens",
 ]

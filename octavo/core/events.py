@@ -54,6 +54,8 @@ class EngineStats(msgspec.Struct, frozen=True):
     num_prefix_hits: int = 0  # and those found there
     num_transfers: dict[str, int] = {}  # KV blocks copied since start, by "source_to_target" tier
     waiting_by_reason: dict[str, int] = {}  # who waits, by the constraint that binds them
+    adapters: dict[str, tuple[int, int]] = {}  # (running, waiting) requests, by adapter's name
+    max_loras: int = 0  # adapters that one step may hold; 0: none are served
 
 
 class SleepReport(msgspec.Struct, frozen=True):

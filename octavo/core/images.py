@@ -1,4 +1,4 @@
-"""Images of a request, as the engine knows them: names, places and pixels. Knows no Pillow."""
+"""Images and videos of a request, as the engine knows them: names, places, pixels. No Pillow."""
 
 import hashlib
 
@@ -7,12 +7,13 @@ from msgspec import structs
 
 
 class ImageInput(msgspec.Struct, frozen=True):
-    """Where rows of an image stand among a prompt's tokens."""
+    """Where rows of an image or a video stand among a prompt's tokens."""
 
     key: str  # the name of its content: equal only where an encoder would answer the same
     start: int  # its first token's index in the prompt
     num_tokens: int
     grid: tuple[int, int, int] | None = None  # (frames, rows, columns), if positions follow them
+    frame_step: float = 1.0  # positions in time from one of these frames to the next
 
     @property
     def end(self) -> int:
@@ -21,12 +22,13 @@ class ImageInput(msgspec.Struct, frozen=True):
 
 
 class Picture(msgspec.Struct, frozen=True):
-    """The pixels of an image, decoded and not yet prepared for an encoder."""
+    """The pixels of an image or a video, decoded and not yet prepared for an encoder."""
 
     key: str
     width: int
     height: int
-    rgb: bytes = b""  # rows from the top, three bytes a pixel
+    rgb: bytes = b""  # rows from the top, three bytes a pixel; frame by frame
+    num_frames: int | None = None  # of a video; None: an image
 
 
 class SeenImages(msgspec.Struct, frozen=True):

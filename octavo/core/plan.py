@@ -51,6 +51,7 @@ class NewSequence(msgspec.Struct, frozen=True):
     num_scored_tokens: int = 0  # those that were scored before preemption: not again
     pooling: PoolingParams | None = None
     images: tuple[ImageInput, ...] = ()
+    adapter: str | None = None  # the digest of the one that its tokens go through
 
 
 class ScheduledTokens(msgspec.Struct, frozen=True):

@@ -30,6 +30,12 @@ class Sleeper(Protocol):
     def expert_tokens(self) -> dict[str, list[int]]: ...
 
 
+class CacheFile(Protocol):
+    """Cached content that outlives the process."""
+
+    def empty(self) -> None: ...
+
+
 class PendingResult(Protocol):
     """A step that was begun. `result` waits for its end, and raises what went wrong."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 
 import msgspec
 
+from octavo.core.adapters import Adapter
 from octavo.core.images import NO_IMAGES, SeenImages
 from octavo.core.pooling import PoolingParams
 from octavo.core.sampling import SamplingParams
@@ -37,12 +38,14 @@ class RequestOptions(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ms: the first token is wanted within this time of arrival; the policy "deadline" serves
         the nearest first, a request that cannot make it is refused at once, and one that has not
         begun by then ends with `FailureCode.DEADLINE_EXCEEDED`.
+    adapter: whose low-rank products are added to the model's own; None: nobody's.
     """
 
     cache_salt: str | None = None
     priority: int = 0
     tenant: str = ""
     deadline_ms: int | None = None
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         salt = self.cache_salt
@@ -85,8 +88,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def cache_extras(self) -> tuple[str, ...]:
         """What a prefix's KV depends on besides its tokens, or must be kept apart by."""
-        salt = self.options.cache_salt
-        return () if salt is None else ("salt", salt)
+        salt, adapter = self.options.cache_salt, self.options.adapter
+        of_salt = () if salt is None else ("salt", salt)
+        return of_salt if adapter is None else (*of_salt, "adapter", adapter.digest)
 
     @property
     def stop_ids(self) -> frozenset[int]:

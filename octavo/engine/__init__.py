@@ -7,6 +7,7 @@ front-end process never needs; the client brings sockets in, which `LLM` never n
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from octavo.engine.adapters import LoRARequest
 from octavo.engine.core import EngineCore
 from octavo.engine.interface import Pulse, ServedModel, ServingEngine, TextDelta
 from octavo.engine.outputs import (
@@ -32,6 +33,7 @@ __all__ = [
     "EmbeddingRequestOutput",
     "EngineCore",
     "EngineProcess",
+    "LoRARequest",
     "Phase",
     "Pulse",
     "RequestOutput",

@@ -125,6 +125,7 @@ class AsyncEngine:
                 raise _as_exception(message, self._phase)
         self._ready = message
         self._stats = message.stats
+        self.operations.adapters = {adapter.name: adapter for adapter in message.adapters}
         self.model = ServedModel(
             self._model_name,
             message.max_model_len,
@@ -271,7 +272,7 @@ class AsyncEngine:
             elif isinstance(message, Told):
                 self.operations.answer(message.number, message.content)
             elif isinstance(message, Unable):
-                self.operations.refuse(message.number, OctavoError(message.message))
+                self.operations.refuse(message.number, _inability(message))
             elif isinstance(message, Fatal):
                 self._die(
                     EngineDeadError(cause_of_error(message.kind, message.message, _doing_of(self)))
@@ -328,6 +329,15 @@ def _rest_of(engine: AsyncEngine) -> Rest:
         sleep=engine.operations.sleep,
         wake_up=engine.operations.wake_up,
     )
+
+
+def _inability(answer: Unable) -> OctavoError:
+    """Why a question could not be answered, as an exception of its own class."""
+    kind = getattr(errors, answer.kind)
+    if issubclass(kind, RequestError):
+        wrong: RequestError = kind(answer.message, param=answer.param)
+        return wrong
+    return OctavoError(answer.message)
 
 
 def _refusal(refusal: Refused) -> OctavoError:

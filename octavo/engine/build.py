@@ -22,15 +22,17 @@ from octavo.config import (
     with_kv_cache_bytes,
 )
 from octavo.core import Launch
+from octavo.engine.adapted import create_registry, lay_out, load_first
+from octavo.engine.adapters import AdapterRegistry
 from octavo.engine.core import EngineCore
 from octavo.engine.grammars import LazyGrammars
 from octavo.engine.kv_tiers import kv_fingerprint, open_disk
 from octavo.engine.memory_report import MemoryMeter, MemoryReport
 from octavo.engine.sleep import SleepableExecutor
-from octavo.kernels import ENCODER_ATTENTION, LATENT_ATTENTION, MOE_EXPERTS, PAGED_ATTENTION
+from octavo.kernels import LATENT_ATTENTION, LORA, MOE_EXPERTS, PAGED_ATTENTION
 from octavo.kernels.dispatch import REFERENCE
 from octavo.kvcache import Allocator, TieredAllocator
-from octavo.layers import Build, KernelReport, finish_layers, kv_specs
+from octavo.layers import Build, KernelReport, kv_specs
 from octavo.models import Model, create_model
 from octavo.runner import (
     DiskFile,
@@ -89,7 +91,7 @@ def build_engine(
     """
     phase = partial(_timed, on_phase)
     with phase("read config"):
-        checkpoint = locate(options.model)
+        checkpoint = locate(options.model, weights=options.loading.reads_weights)
         model_config = read_model_config(checkpoint, options.loading.model_impl)
         facts = device_facts(options.device.device)
         config = resolve(options, model_config, facts)
@@ -99,10 +101,10 @@ def build_engine(
     with phase("load weights"):
         model = load_model(checkpoint, config)
     with phase("lay out weights for kernels"):
-        kernels = finish_layers(model)
+        kernels = lay_out(model, config, registry := create_registry(config))
         memory.weights_are_laid_out(model)
-    if config.device == "cuda" and reads_lengths_on_the_host(kernels):
-        config = with_eager_steps(config, "attention runs in plain torch, which no graph can hold")
+    if config.device == "cuda" and (why := no_graph_because(config, kernels)):
+        config = with_eager_steps(config, why)
     elif config.device == "cuda":
         with phase("compile kernels"):
             compile_kernels(model, config)
@@ -123,15 +125,15 @@ def build_engine(
     allocator = create_allocator(config, num_blocks, disk_keys=disk_keys)
     settings = scheduler_settings(config, copy_block_s=storage.measure_copy_s())
     scheduler = create_scheduler(allocator, settings, grammars=grammars)
-    load = partial(load_again, checkpoint, config, disk)
+    load = partial(load_again, checkpoint, config, disk, registry)
     prepare = partial(prepare_again, config, num_blocks, disk, grammars)
     executor = SleepableExecutor(
         model, (runner, storage), device=config.device, load=load, prepare=prepare
     )
+    load_first(config, registry)
     launch, thread = create_launch(executor, config)
-    core = EngineCore(
-        scheduler, executor, launch=launch, sleeper=executor, check_integrity=check_integrity
-    )
+    create = partial(EngineCore, scheduler, executor, launch=launch, sleeper=executor)
+    core = create(adapters=registry, file=disk, check_integrity=check_integrity)
     return BuiltEngine(
         core, checkpoint, config, num_blocks, kernels, memory.report(), disk, thread, grammars
     )
@@ -144,10 +146,18 @@ def _timed(on_phase: PhaseListener, name: str) -> Iterator[None]:
     on_phase(name, time.perf_counter() - start)
 
 
+def no_graph_because(config: ResolvedConfig, kernels: Iterable[KernelReport]) -> str | None:
+    """Why steps on a GPU cannot be replayed; None where they can."""
+    if config.model.is_encoder:
+        return "an encoder runs each prompt once, as a whole: there are no decodes to replay"
+    if reads_lengths_on_the_host(kernels):
+        return "attention runs in plain torch, which no graph can hold"
+    return None
+
+
 def reads_lengths_on_the_host(kernels: Iterable[KernelReport]) -> bool:
-    """Whether a step waits for the device halfway: references of attention and experts do."""
-    waiting = {op.name for op in (PAGED_ATTENTION, LATENT_ATTENTION, MOE_EXPERTS)}
-    waiting.add(ENCODER_ATTENTION.name)
+    """Whether a step waits for the device halfway, as some references do."""
+    waiting = {op.name for op in (PAGED_ATTENTION, LATENT_ATTENTION, MOE_EXPERTS, LORA)}
     return any(
         report.choice.op in waiting and report.choice.name == REFERENCE for report in kernels
     )
@@ -171,6 +181,7 @@ def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
         config.block_size,
         batch_invariant=config.batch_invariant,
         count_expert_tokens=config.count_expert_tokens,
+        kv_groups=config.layer_groups.groups,
     )
     model = create_model(config.model, build, max_positions=config.max_model_len)
     slots = model.slots()
@@ -178,10 +189,15 @@ def load_model(checkpoint: Checkpoint, config: ResolvedConfig) -> Model:
     return model
 
 
-def load_again(checkpoint: Checkpoint, config: ResolvedConfig, disk: DiskFile | None) -> Model:
+def load_again(
+    checkpoint: Checkpoint,
+    config: ResolvedConfig,
+    disk: DiskFile | None,
+    registry: AdapterRegistry,
+) -> Model:
     """The model as its checkpoint is by now, laid out for kernels. KV of other weights is lost."""
     model = load_model(checkpoint, config)
-    finish_layers(model)
+    lay_out(model, config, registry)
     if disk is not None:
         disk.adopt(kv_fingerprint(checkpoint, config))
     return model
@@ -206,15 +222,18 @@ def create_storage(
     model: Model, config: ResolvedConfig, num_blocks: int, disk: DiskFile | None = None
 ) -> KVStorage:
     """The KV memory of a model, on its device and below."""
+    groups = config.layer_groups
     kv_caches = allocate_kv_caches(
-        kv_specs(model),
-        # What fills a graph's batch up writes to a block that nobody has.
-        num_blocks=num_blocks + (config.device == "cuda"),
+        kv_specs(model)[: groups.num_places],
+        # What fills a graph's batch up writes to a block that nobody has; holes in tables show it.
+        num_blocks=num_blocks + (config.device == "cuda" or not groups.keep_all),
         block_size=config.block_size,
         dtype=getattr(torch, config.dtype),
         device=config.device,
     )
-    return KVStorage(kv_caches, num_host_blocks=config.num_host_blocks, disk=disk)
+    return KVStorage(
+        kv_caches, places=groups.places, num_host_blocks=config.num_host_blocks, disk=disk
+    )
 
 
 def create_runner(
@@ -231,7 +250,7 @@ def create_runner(
         device=config.device,
         num_threads=config.num_threads,
         grammars=grammars,
-        images=create_image_store(model, config.model, config.device),
+        images=create_image_store(model, config),
     )
 
 
@@ -264,6 +283,7 @@ def create_allocator(
         num_blocks,
         config.block_size,
         max_model_len=config.max_model_len,
+        groups=config.kv_groups,
     )
 
 
@@ -286,4 +306,5 @@ def scheduler_settings(
         max_num_queued_reqs=config.max_num_seqs + config.max_num_queued_reqs,
         max_num_queued_tokens=config.max_num_queued_tokens,
         target_ttft_ms=config.target_ttft_ms,
+        max_loras=0 if config.lora is None else config.lora.max_loras,
     )

@@ -2,9 +2,11 @@
 
 import contextlib
 import logging
+from functools import partial
 from typing import NoReturn
 
 from octavo.core import (
+    CacheFile,
     EngineStats,
     Executor,
     FailureCode,
@@ -18,8 +20,9 @@ from octavo.core import (
     SleepReport,
     StepPlan,
 )
+from octavo.engine.adapters import AdapterRegistry
 from octavo.errors import ConfigError, EngineDeadError, OverloadedError, SleepingError
-from octavo.scheduler import Scheduler
+from octavo.scheduler import Scheduler, adapters_in_use
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +46,8 @@ class EngineCore:
         *,
         launch: Launch | None = None,
         sleeper: Sleeper | None = None,
+        adapters: AdapterRegistry | None = None,
+        file: CacheFile | None = None,
         check_integrity: bool = False,
     ):
         self._scheduler = scheduler
@@ -51,6 +56,9 @@ class EngineCore:
         self._num_failed_steps = 0
         self._launch = launch
         self._sleeper = sleeper
+        self.adapters = adapters or AdapterRegistry()
+        self.adapters.in_use = partial(adapters_in_use, scheduler)
+        self._file = file  # None: no cached content outlives the process
         self._asleep: SleepReport | None = None
         self._ahead: tuple[StepPlan, PendingResult] | None = None
 
@@ -61,6 +69,8 @@ class EngineCore:
         """
         if self._asleep is not None:
             raise SleepingError("the engine sleeps: wake it up first")
+        if requests[0].options.adapter is not None:
+            requests = tuple(map(self.adapters.current, requests))
         self._scheduler.add(*requests)
 
     def abort(self, request_ids: list[str]) -> list[RequestEvent]:
@@ -106,13 +116,23 @@ class EngineCore:
         """All live requests."""
         return self._scheduler.statuses()
 
-    def reset_prefix_cache(self) -> None:
-        """No content that is in memory now will be found again; nothing that runs is touched."""
+    def reset_prefix_cache(self, *, on_disk: bool = True) -> None:
+        """No content that is cached now will be found again; nothing that runs is touched.
+
+        on_disk: nor by an engine that starts later. Raises `OSError` where the file stays.
+        """
         self._scheduler.allocator.forget_all()
         self._scheduler.images.forget_all()
+        if self._file is not None and on_disk:
+            if self._ahead is not None:  # it may be about to write to the file, or to read from it
+                with contextlib.suppress(Exception):  # told when its result is read
+                    self._ahead[1].result()
+            self._file.empty()
 
     def sleep(self, level: int = 1) -> SleepReport:
-        """Give up the memory behind the executor until `wake_up`; all cached content is forgotten.
+        """Give up the memory behind the executor until `wake_up`; cached content is forgotten.
+
+        What lies on disk stays there, for the next start.
 
         Asleep already, it only goes deeper, if `level` is. Where it fails, it stays as it was.
 
@@ -127,7 +147,7 @@ class EngineCore:
         if self.has_work:
             raise OverloadedError("requests are alive: they must end before the engine sleeps")
         if self._asleep is None or self._asleep.level < level:
-            self.reset_prefix_cache()
+            self.reset_prefix_cache(on_disk=False)
             self._asleep = self._sleeper.sleep(level)
         return self._asleep
 
@@ -140,7 +160,7 @@ class EngineCore:
     def expert_tokens(self) -> dict[str, list[int]]:
         """How many tokens each expert got: {layer: one number an expert}, since the start.
 
-        Empty where nobody counts them. Waits for the device.
+        Empty where nobody counts them, and asleep. Waits for the device.
         """
         return {} if self._sleeper is None else self._sleeper.expert_tokens()
 
@@ -154,6 +174,7 @@ class EngineCore:
 
     def _succeed(self, events: list[RequestEvent]) -> list[RequestEvent]:
         self._num_failed_steps = 0
+        self.adapters.drop_unused()
         if self._check_integrity:
             self._scheduler.check_integrity()
         return events

@@ -3,12 +3,13 @@
 `AsyncEngine` (a real engine in its own process) and the fakes of `octavo.testing` both satisfy it.
 """
 
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from octavo.core import (
     NO_IMAGES,
+    Adapter,
     EngineStats,
     FailureCode,
     FinishReason,
@@ -88,11 +89,36 @@ class EngineOperations(Protocol):
         ...
 
     async def expert_tokens(self) -> dict[str, list[int]]:
-        """How many tokens each expert got: {layer: one number an expert}; empty if uncounted."""
+        """How many tokens each expert got: {layer: one number an expert}; empty if uncounted.
+
+        Asleep, too, for then nothing is counted.
+        """
+        ...
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """Those that requests may name, by name."""
+        ...
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> Adapter:
+        """Read a LoRA adapter, below the engine's `lora_dir`; requests may name it from now on.
+
+        replace: the name may be taken; requests of the one before finish with that.
+
+        Raises:
+            RequestError: it cannot be read, does not fit, or there is no room for it.
+        """
+        ...
+
+    async def unload_adapter(self, name: str) -> Adapter:
+        """Let no further request name it; raises `UnknownModelError` where nobody could.
+
+        Those that were sent before finish with it.
+        """
         ...
 
     async def reset_prefix_cache(self) -> None:
-        """Let no content that is in memory now be found again; what runs is not touched."""
+        """Let no content that is cached now be found again, on disk neither; what runs goes on."""
         ...
 
 

@@ -13,6 +13,7 @@ from octavo.config import EngineOptions
 from octavo.core import (
     NO_TOKENS,
     SCORE,
+    Adapter,
     EngineStats,
     FinishReason,
     PoolingParams,
@@ -24,6 +25,7 @@ from octavo.core import (
 from octavo.engine.answers import Answer, banned_by, check_request, check_shape, fan_out
 from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
 from octavo.engine.interface import TextDelta
+from octavo.engine.lora_requests import Asked, LoRARequests
 from octavo.engine.outputs import (
     CompletionOutput,
     EmbeddingOutput,
@@ -74,6 +76,7 @@ class LLM:
         )
         reader = ImageReader.of(self._engine.config.model)
         self._prompts = PromptEncoder(self._tokenizer, reader)
+        self._loras = LoRARequests(self._engine.core.adapters, engine_options.lora.max_cpu_loras)
         self._ids = itertools.count()
 
     def close(self) -> None:
@@ -103,7 +106,7 @@ class LLM:
     def expert_tokens(self) -> dict[str, list[int]]:
         """How many tokens each expert got: {layer: one number an expert}, since the start.
 
-        Empty without `count_expert_tokens`, without experts, and where the weights are given up.
+        Empty without `count_expert_tokens`, without experts, and while the engine sleeps.
         On a GPU, rows that fill a step up to the size of a CUDA graph count, too.
         """
         return self._engine.core.expert_tokens()
@@ -127,13 +130,17 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: Asked = None,
     ) -> list[RequestOutput]:
         """Complete prompts; all run together. Outputs come in the order of the prompts.
+
+        `lora_request` is the adapter of all of them, or one (or None) for each.
 
         Raises:
             RequestError: a prompt or its options are wrong; nothing has run then.
         """
-        return self._run(_as_list(prompts), self._prompts.encode, sampling_params, use_tqdm)
+        encode, some = self._prompts.encode, _as_list(prompts)
+        return self._run(some, encode, sampling_params, use_tqdm, lora_request=lora_request)
 
     def chat(
         self,
@@ -141,13 +148,17 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        lora_request: Asked = None,
     ) -> list[RequestOutput]:
         """Answer one conversation or several, through the model's chat template."""
         first = messages[0] if messages else {}
         conversations = cast(
             Sequence[Conversation], [messages] if isinstance(first, Mapping) else messages
         )
-        return self._run(conversations, self._prompts.encode_chat, sampling_params, use_tqdm)
+        encode = self._prompts.encode_chat
+        return self._run(
+            conversations, encode, sampling_params, use_tqdm, lora_request=lora_request
+        )
 
     def embed(
         self,
@@ -256,10 +267,13 @@ class LLM:
         encode: Callable[[P], EncodedPrompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         use_tqdm: bool,
+        *,
+        lora_request: Asked,
     ) -> list[RequestOutput]:
         batch = _Batch(self._engine, self._tokenizer)
         all_params = _one_each(sampling_params, len(prompts))
-        queued = self._queue(batch, prompts, encode, all_params)
+        adapters = self._loras.adapters(lora_request, len(prompts))
+        queued = self._queue(batch, prompts, encode, all_params, adapters=adapters)
         outputs = {
             request_id: _empty_output(request_id, prompt, params)
             for (request_id, prompt), params in zip(queued.items(), all_params, strict=True)
@@ -279,12 +293,14 @@ class LLM:
         sampling: SamplingParams | Sequence[SamplingParams],
         *,
         pooling: PoolingParams | None = None,
+        adapters: Sequence[Adapter | None] | None = None,
     ) -> dict[str, EncodedPrompt]:
         """Check all prompts, then queue them; return them by request id, in their order."""
         checked: list[tuple[str, EncodedPrompt, SamplingParams]] = []
+        all_params, adapters = _one_each(sampling, len(prompts)), adapters or [None] * len(prompts)
         with _no_garbage_collection():
-            for one, params in zip(prompts, _one_each(sampling, len(prompts)), strict=True):
-                prompt = encode(one)
+            for one, params, adapter in zip(prompts, all_params, adapters, strict=True):
+                prompt = encode(one).through(adapter)
                 batch.check(prompt, params, pooling)  # while its ids are in the CPU's cache
                 checked.append((str(next(self._ids)), prompt, params))
             for request_id, prompt, params in checked:

@@ -5,6 +5,7 @@ is `octavo.config.memory_plan`'s, and this module changes nothing in an engine.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -13,14 +14,16 @@ import torch
 from octavo.config import DeviceFacts, ResolvedConfig
 from octavo.config.memory_plan import plan_memory
 from octavo.config.planned_devices import device_budget
-from octavo.core import NO_TOKENS, PoolingParams, Request, SamplingParams
+from octavo.core import NO_TOKENS, FinishReason, PoolingParams, Request, SamplingParams
 from octavo.engine.core import EngineCore
+from octavo.errors import ConfigError, EngineDeadError
 from octavo.runner import ModelRunner, reachable_storages
 
 logger = logging.getLogger(__name__)
 
 MIB = 2**20
 TOLERANCE = 0.05
+MOST_TRIES = 3  # torch's profiler now and then returns without the events of so short a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,15 @@ class Comparison:
     what: str
     planned_bytes: int
     measured_bytes: int | None
+    is_bound: bool = False  # planned is the most that it may be
 
     @property
     def error(self) -> float | None:
-        """(planned - measured) / measured."""
+        """(planned - measured) / measured; of a bound that holds, 0."""
         if not self.measured_bytes:
             return None
-        return self.planned_bytes / self.measured_bytes - 1
+        error = self.planned_bytes / self.measured_bytes - 1
+        return min(error, 0.0) if self.is_bound else error
 
     def __str__(self) -> str:
         planned = f"{self.planned_bytes / MIB:.1f} MiB"
@@ -116,17 +121,22 @@ class MemoryMeter:
         self._kv = now - self._before_kv - self._rows
         self._free = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
 
+    @property
+    def _step_bytes(self) -> int | None:
+        """Of the step that was profiled, which had rows of its own beside its activations."""
+        return None if self._activations is None else self._activations - (self._rows or 0)
+
     def report(self) -> MemoryReport:
         """Everything is allocated, CUDA graphs included: compare and log."""
         lines = [
             Comparison("weights", self.plan.weight_bytes, self._weights),
-            Comparison("activations", self.plan.activation_bytes, self._activations),
+            Comparison("activations", self.plan.activation_bytes, self._step_bytes),
             Comparison("rows", self.plan.row_bytes, self._rows),
             Comparison("KV cache", self.plan.kv_pool_bytes, self._kv),
         ]
-        if self.plan.graph_overhead_bytes:
+        if self.plan.graph_bytes:
             taken = self._free - torch.cuda.mem_get_info()[0]
-            lines.append(Comparison("CUDA graphs", self.plan.graph_bytes, taken))
+            lines.append(Comparison("CUDA graphs", self.plan.graph_bytes, taken, is_bound=True))
         if self._host_kv_bytes:
             lines.append(Comparison("KV on the host", self._host_kv_bytes, self._host_kv))
         report = MemoryReport(tuple(lines))
@@ -156,8 +166,55 @@ def measure_largest_step(core: EngineCore, config: ResolvedConfig) -> int:
     """Run the step that the plan counts on an idle engine; return the peak of what it allocates.
 
     On a GPU it must be the engine's first step, or cuBLAS has its workspace already. On a CPU
-    torch's profiler watches every allocation, which takes seconds.
+    torch's profiler watches every allocation of this thread, which takes seconds.
+
+    Raises:
+        ConfigError: nothing can be measured, as this engine runs its steps in another thread.
+        EngineDeadError: the step failed, or torch recorded none of its allocations.
     """
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _run_largest_step(core, config)
+        return torch.cuda.max_memory_allocated() - before
+    if config.async_scheduling:
+        raise ConfigError(
+            "an engine that plans ahead on a CPU runs its steps in a thread of their own, where "
+            "torch's profiler sees nothing: measure one without async_scheduling"
+        )
+    for _ in range(MOST_TRIES):
+        if peak := _profiled_peak(core, config):
+            return peak
+        core.reset_prefix_cache()  # or the next try finds its prompts computed
+    raise EngineDeadError(f"torch's profiler recorded no allocation in {MOST_TRIES} steps")
+
+
+def _profiled_peak(core: EngineCore, config: ResolvedConfig) -> int:
+    # Imported here because only this command needs it.
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _run_largest_step(core, config)
+    results = profiler.profiler.kineto_results
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()  # negative where memory is given back
+        peak = max(peak, alive)
+    return peak
+
+
+def _run_largest_step(core: EngineCore, config: ResolvedConfig) -> None:
+    for request in _largest_step(config):
+        core.add(request)
+    while core.has_work:
+        for event in core.step():
+            if event.finish_reason is FinishReason.ERROR:
+                raise EngineDeadError(f"the largest step failed: {event.error}")
+
+
+def _largest_step(config: ResolvedConfig) -> Iterator[Request]:
+    """As many prompts as may run at once, all different, with all the tokens of a step."""
     num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
     share, rest = divmod(config.max_num_batched_tokens, num_seqs)
     for i in range(num_seqs):
@@ -170,26 +227,4 @@ def measure_largest_step(core: EngineCore, config: ResolvedConfig) -> int:
             seed=0,
         )
         read = msgspec.structs.replace(draw, sampling=NO_TOKENS, pooling=PoolingParams())
-        core.add(read if config.model.is_encoder else draw)
-    if config.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        _run_to_end(core)
-        return torch.cuda.max_memory_allocated() - before
-    # Imported here because only this command needs it.
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        _run_to_end(core)
-    results = profiler.profiler.kineto_results
-    events = [event for event in results.events() if event.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        alive += event.nbytes()  # negative where memory is given back
-        peak = max(peak, alive)
-    return peak
-
-
-def _run_to_end(core: EngineCore) -> None:
-    while core.has_work:
-        core.step()
+        yield read if config.model.is_encoder else draw

@@ -2,7 +2,15 @@
 
 import msgspec
 
-from octavo.core import EngineStats, ModelTasks, Request, RequestEvent, RequestStatus, SleepReport
+from octavo.core import (
+    Adapter,
+    EngineStats,
+    ModelTasks,
+    Request,
+    RequestEvent,
+    RequestStatus,
+    SleepReport,
+)
 
 
 class AddRequests(msgspec.Struct, frozen=True, tag=True):
@@ -42,6 +50,22 @@ class ListExpertTokens(msgspec.Struct, frozen=True, tag=True):
     number: int
 
 
+class LoadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Read an adapter, as a client of the server asks for it."""
+
+    number: int
+    name: str
+    path: str
+    replace: bool
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag=True):
+    """Let no further request name it."""
+
+    number: int
+    name: str
+
+
 class Sleep(msgspec.Struct, frozen=True, tag=True):
     """Give up memory, as `EngineCore.sleep` does."""
 
@@ -72,6 +96,7 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
     settings: list[tuple[str, str, str, str]]  # name, value, source, why
     tasks: ModelTasks
+    adapters: tuple[Adapter, ...] = ()
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
@@ -120,6 +145,20 @@ class ExpertTokens(msgspec.Struct, frozen=True, tag=True):
     content: dict[str, list[int]]
 
 
+class AdapterLoaded(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `LoadAdapter`."""
+
+    number: int
+    content: Adapter
+
+
+class AdapterUnloaded(msgspec.Struct, frozen=True, tag=True):
+    """The answer to `UnloadAdapter`."""
+
+    number: int
+    content: None = None
+
+
 class Slept(msgspec.Struct, frozen=True, tag=True):
     """The answer to `Sleep`."""
 
@@ -135,10 +174,15 @@ class WokenUp(msgspec.Struct, frozen=True, tag=True):
 
 
 class Unable(msgspec.Struct, frozen=True, tag=True):
-    """The answer to what could not be done: nothing has changed; `message` is for the log."""
+    """The answer to what could not be done: nothing has changed; `message` is for the log.
+
+    Where the question was wrong, `kind` is the name of the exception, and clients may see it.
+    """
 
     number: int
     message: str
+    kind: str = "OctavoError"
+    param: str | None = None
 
 
 class Fatal(msgspec.Struct, frozen=True, tag=True):
@@ -148,8 +192,26 @@ class Fatal(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-Question = Explain | ListRequests | ListExpertTokens | ResetPrefixCache | Sleep | WakeUp
-Told = Explanation | RequestList | ExpertTokens | WasReset | Slept | WokenUp
+Question = (
+    Explain
+    | ListRequests
+    | ListExpertTokens
+    | ResetPrefixCache
+    | LoadAdapter
+    | UnloadAdapter
+    | Sleep
+    | WakeUp
+)
+Told = (
+    Explanation
+    | RequestList
+    | ExpertTokens
+    | WasReset
+    | AdapterLoaded
+    | AdapterUnloaded
+    | Slept
+    | WokenUp
+)
 ToEngine = AddRequests | AbortRequests | Question
 FromEngine = PhaseDone | Ready | News | Refused | Told | Unable | Fatal
 

@@ -23,6 +23,8 @@ from octavo.engine.core import EngineCore
 from octavo.engine.logs import configure_logs
 from octavo.engine.messages import (
     AbortRequests,
+    AdapterLoaded,
+    AdapterUnloaded,
     AddRequests,
     ExpertTokens,
     Explain,
@@ -30,6 +32,7 @@ from octavo.engine.messages import (
     Fatal,
     ListExpertTokens,
     ListRequests,
+    LoadAdapter,
     News,
     PhaseDone,
     Ready,
@@ -40,6 +43,7 @@ from octavo.engine.messages import (
     Slept,
     Told,
     Unable,
+    UnloadAdapter,
     WakeUp,
     WasReset,
     WokenUp,
@@ -105,6 +109,7 @@ def _run(options: EngineOptions, socket: "zmq.Socket[bytes]") -> None:
                 stats=core.stats(),
                 settings=[(s.name, str(s.value), s.source, s.why) for s in config.settings],
                 tasks=tasks_of(config.model),
+                adapters=core.adapters.loaded,
             )
         )
     )
@@ -146,13 +151,37 @@ def _receive(core: EngineCore, socket: "zmq.Socket[bytes]") -> tuple[list[Reques
             case ListExpertTokens(number):
                 socket.send(encode(ExpertTokens(number, core.expert_tokens())))
             case ResetPrefixCache(number):
-                core.reset_prefix_cache()
-                socket.send(encode(WasReset(number)))
+                socket.send(encode(_reset(core, number)))
+            case LoadAdapter() | UnloadAdapter() as change:
+                socket.send(encode(_change_adapters(core, change)))
             case Sleep(number, level):
                 socket.send(encode(_sleep(core, number, level)))
             case WakeUp(number):
                 socket.send(encode(_wake_up(core, number)))
     return events, num_new
+
+
+def _reset(core: EngineCore, number: int) -> WasReset | Unable:
+    try:
+        core.reset_prefix_cache()
+    except OSError as error:
+        return _unable(number, "cannot empty its KV file", error)
+    return WasReset(number)
+
+
+def _change_adapters(core: EngineCore, change: LoadAdapter | UnloadAdapter) -> Told | Unable:
+    try:
+        match change:
+            case LoadAdapter(number, name, path, replace):
+                adapter = core.adapters.load(name, path, replace=replace, from_outside=True)
+                return AdapterLoaded(number, adapter)
+            case UnloadAdapter(number, name):
+                core.adapters.unload(name)
+                return AdapterUnloaded(number)
+    except RequestError as error:
+        return Unable(change.number, str(error), type(error).__name__, error.param)
+    except Exception as error:  # no memory, say: nothing has changed
+        return _unable(change.number, "cannot load an adapter", error)
 
 
 def _sleep(core: EngineCore, number: int, level: int) -> Told | Unable:

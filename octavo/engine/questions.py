@@ -8,17 +8,19 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from octavo.core import RequestStatus, SleepReport
+from octavo.core import Adapter, RequestStatus, SleepReport
 from octavo.engine.messages import (
     Explain,
     ListExpertTokens,
     ListRequests,
+    LoadAdapter,
     Question,
     ResetPrefixCache,
     Sleep,
+    UnloadAdapter,
     WakeUp,
 )
-from octavo.errors import OverloadedError
+from octavo.errors import OverloadedError, UnknownModelError
 
 ANSWER_TIMEOUT_S = 10.0  # for operators, who should hear if a step hangs
 
@@ -33,6 +35,7 @@ class Questions:
         self._send = send
         self._open: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count()
+        self.adapters: dict[str, Adapter] = {}  # those that requests may name
 
     async def why(self, request_id: str) -> dict[str, list[str]]:
         """See `EngineOperations.why`."""
@@ -52,6 +55,22 @@ class Questions:
     async def reset_prefix_cache(self) -> None:
         """See `EngineOperations.reset_prefix_cache`."""
         await self._ask(ResetPrefixCache(next(self._numbers)))
+
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> Adapter:
+        """See `EngineOperations.load_adapter`."""
+        question = LoadAdapter(next(self._numbers), name, path, replace)
+        adapter: Adapter = await self._ask(question, patiently=True)
+        self.adapters[name] = adapter
+        return adapter
+
+    async def unload_adapter(self, name: str) -> Adapter:
+        """See `EngineOperations.unload_adapter`."""
+        adapter = self.adapters.pop(name, None)
+        if adapter is None:
+            raise UnknownModelError("no adapter of that name is loaded", param="lora_name")
+        # What was sent before is with the engine before this.
+        await self._ask(UnloadAdapter(next(self._numbers), name), patiently=True)
+        return adapter
 
     async def sleep(self, level: int) -> SleepReport:
         """Have the engine sleep, however long that takes."""

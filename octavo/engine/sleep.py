@@ -71,8 +71,13 @@ class SleepableExecutor:
         return self._runner.launch(plan)
 
     def expert_tokens(self) -> dict[str, list[int]]:
-        """Tokens that each expert got since the start or the last waking, by layer."""
-        return {} if self._model is None else expert_tokens(self._model)
+        """Tokens that each expert got since the start or the last waking, by layer.
+
+        Empty while it sleeps: the counts' memory on the device is given up, too.
+        """
+        if self._model is None or self._runnable is None:
+            return {}
+        return expert_tokens(self._model)
 
     @property
     def _runner(self) -> ModelRunner:

@@ -13,13 +13,14 @@ take what is fastest for the number of rows, and so do not, unless `batch_invari
 
 from octavo.kernels.activations import ACTIVATIONS
 from octavo.kernels.dispatch import Case, Choice, Op, reference_only
-from octavo.kernels.encoder_attention import ENCODER_ATTENTION
+from octavo.kernels.encoder_attention import ENCODER_ATTENTION, Segments
+from octavo.kernels.gated_activations import GELU_TANH_MUL, SILU_MUL
 from octavo.kernels.gated_linear import GATED_LINEAR
-from octavo.kernels.gelu_tanh_mul import GELU_TANH_MUL
 from octavo.kernels.kv_write import KV_WRITE
 from octavo.kernels.latent_attention import LATENT_ATTENTION, LATENT_KV_WRITE
 from octavo.kernels.layer_norm import LAYER_NORM
 from octavo.kernels.linear import LINEAR, PreparedWeight
+from octavo.kernels.lora import LORA, LoRAShape
 from octavo.kernels.moe_experts import MOE_EXPERTS
 from octavo.kernels.moe_route import MOE_ROUTE, Routing
 from octavo.kernels.paged_attention import PAGED_ATTENTION, PLAIN, AttentionBatch, AttentionKind
@@ -31,11 +32,10 @@ from octavo.kernels.prepare_inputs import (
     StepShares,
 )
 from octavo.kernels.qk_norm_rotary_kv_write import QK_NORM_ROTARY_KV_WRITE
-from octavo.kernels.record_draws import NOT_FINITE, RECORD_DRAWS
+from octavo.kernels.record_draws import NO_SUCH_ID, NOT_FINITE, RECORD_DRAWS
 from octavo.kernels.rms_norm import RMS_NORM
 from octavo.kernels.rotary_kv_write import ROTARY_KV_WRITE
 from octavo.kernels.sample_tokens import SAMPLE_TOKENS, DrawOptions
-from octavo.kernels.silu_mul import SILU_MUL
 
 __all__ = [
     "ACTIVATIONS",
@@ -48,9 +48,11 @@ __all__ = [
     "LATENT_ATTENTION",
     "LATENT_KV_WRITE",
     "LINEAR",
+    "LORA",
     "MOE_EXPERTS",
     "MOE_ROUTE",
     "NOT_FINITE",
+    "NO_SUCH_ID",
     "PAGED_ATTENTION",
     "PLAIN",
     "PREPARE_INPUTS",
@@ -66,10 +68,12 @@ __all__ = [
     "Choice",
     "DeviceRows",
     "DrawOptions",
+    "LoRAShape",
     "Op",
     "PreparedInputs",
     "PreparedWeight",
     "Routing",
+    "Segments",
     "StepShares",
     "reference_only",
 ]

@@ -26,8 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from octavo.kernels.gated_activations import GatedActivation
 from octavo.kernels.gated_linear import is_worth_one_kernel
-from octavo.kernels.silu_mul import SiluMul
 from octavo.kernels.triton_attention_tile import multiprocessors
 from octavo.kernels.triton_launch import launch, launch_options
 from octavo.kernels.triton_support import refuse
@@ -44,7 +44,10 @@ TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, 
 
 
 def hopper_gated_linear(
-    x: Tensor, weight: Tensor | None, multiply: Callable[[Tensor], Tensor], activate: SiluMul
+    x: Tensor,
+    weight: Tensor | None,
+    multiply: Callable[[Tensor], Tensor],
+    activate: GatedActivation,
 ) -> Tensor:
     """As GatedLinear, for 16-bit values. Sums are fp32, rounded once."""
     if weight is None or not is_worth_one_kernel(x.shape[0], weight.shape[0] // 2):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from octavo.kernels import native, triton_support
 from octavo.kernels.dispatch import Op
+from octavo.kernels.gated_activations import native_silu_mul, reference_silu_mul
 from octavo.kernels.linear import DEPTH_STEP, PackedWeight
 from octavo.kernels.native import support
-from octavo.kernels.silu_mul import native_silu_mul, reference_silu_mul
 
 P = TypeVar("P")
 

@@ -38,7 +38,7 @@ class StepShares:
 class DeviceRows:
     """What the device keeps of R sequences from step to step."""
 
-    block_tables: Tensor  # [R, W] int32
+    block_tables: Tensor  # [R, W] int32; its lines may be part of longer ones
     last_token_ids: Tensor  # [R] int64: what was drawn last
 
 

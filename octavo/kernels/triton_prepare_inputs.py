@@ -30,7 +30,7 @@ def triton_prepare_inputs(
         raise refuse("prepare_inputs", rule, rows=shares.rows, tables=rows.block_tables)
     launch(_prepare_inputs, (num_sequences + 1,))(
         *(shares.rows, shares.starts, shares.query_starts, shares.token_ids),
-        *(rows.block_tables, rows.last_token_ids, rows.block_tables.shape[1]),
+        *(rows.block_tables, rows.last_token_ids, rows.block_tables.stride(0)),
         *(out.token_ids, out.positions, out.slots, out.context_lens, out.block_tables, width),
         *(num_sequences, out.slots.shape[0], padding_slot),
         BLOCK_SIZE=block_size,

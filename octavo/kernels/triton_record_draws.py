@@ -10,14 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from octavo.kernels.native.support import refuse
-from octavo.kernels.record_draws import NOT_FINITE
+from octavo.kernels.record_draws import NO_SUCH_ID, NOT_FINITE
 from octavo.kernels.triton_launch import allow_next, launch, launch_options, wait_for_inputs
 
 AT_ONCE = 128
 
 
 def triton_record_draws(
-    token_ids: Tensor, is_finite: Tensor, rows: Tensor, last_token_ids: Tensor
+    token_ids: Tensor,
+    is_finite: Tensor,
+    rows: Tensor,
+    last_token_ids: Tensor,
+    *,
+    vocab_size: int,
 ) -> None:
     """As RecordDraws."""
     (num_draws,) = token_ids.shape
@@ -30,7 +35,9 @@ def triton_record_draws(
             rows,
             last_token_ids,
             num_draws,
+            vocab_size,
             NOT_FINITE=NOT_FINITE,
+            NO_SUCH_ID=NO_SUCH_ID,
             AT_ONCE=AT_ONCE,
             num_warps=4,
             **launch_options(),
@@ -38,7 +45,7 @@ def triton_record_draws(
 
 
 @triton.jit(
-    do_not_specialize=["num_draws"],
+    do_not_specialize=["num_draws", "vocab_size"],
     do_not_specialize_on_alignment=["token_ids", "is_finite", "rows"],
 )
 def _record_draws(
@@ -47,7 +54,9 @@ def _record_draws(
     rows,
     last_token_ids,
     num_draws,
+    vocab_size,
     NOT_FINITE: tl.constexpr,
+    NO_SUCH_ID: tl.constexpr,
     AT_ONCE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -58,5 +67,7 @@ def _record_draws(
     token = tl.load(token_ids + index, mask=there, other=0)
     row = tl.load(rows + index, mask=there, other=0)
     finite = tl.load(is_finite + index, mask=there, other=0)
-    tl.store(last_token_ids + row, token, mask=there)
-    tl.store(token_ids + index, tl.where(finite != 0, token, NOT_FINITE), mask=there)
+    known = (token >= 0) & (token < vocab_size)
+    tl.store(last_token_ids + row, tl.where(known, token, 0), mask=there)
+    seen = tl.where(finite != 0, tl.where(known, token, NO_SUCH_ID), NOT_FINITE)
+    tl.store(token_ids + index, seen, mask=there)

@@ -3,6 +3,7 @@
 from octavo.kvcache.allocator import Allocator, PagedAllocator, PrefixAllocator
 from octavo.kvcache.block_pool import BlockPool
 from octavo.kvcache.contiguous import BuddyAllocator, ContiguousAllocator
+from octavo.kvcache.groups import GroupedAllocator, GroupedPrefixAllocator
 from octavo.kvcache.nothing import NoBlocks
 from octavo.kvcache.registry import ALLOCATORS, create_allocator
 from octavo.kvcache.tiers import TieredAllocator
@@ -14,6 +15,8 @@ __all__ = [
     "BlockPool",
     "BuddyAllocator",
     "ContiguousAllocator",
+    "GroupedAllocator",
+    "GroupedPrefixAllocator",
     "MemoryUse",
     "NoBlocks",
     "PagedAllocator",

@@ -9,7 +9,8 @@ from typing import Protocol
 from octavo.core import RUNNING, Sequence, Tier, Transfer
 from octavo.errors import IntegrityError
 from octavo.kvcache.block_pool import BlockPool
-from octavo.kvcache.prefix import block_key, block_key_with_images, chain_root
+from octavo.kvcache.prefix import key_of
+from octavo.kvcache.unshared import Unnamed
 
 
 class Allocator(Protocol):
@@ -17,7 +18,7 @@ class Allocator(Protocol):
 
     block_size: int
     num_blocks: int
-    grows: bool  # whether a running sequence may ask for further blocks
+    grows: int  # further blocks that a running sequence may ask for at a time; 0: none, ever
 
     def num_blocks_for(self, num_tokens: int) -> int:
         """Blocks that a sequence is given which may come to hold the KV of `num_tokens` tokens.
@@ -99,14 +100,14 @@ def check_slots(live: Iterable[Sequence], block_size: int) -> None:
             raise IntegrityError(f"{sequence.id} has computed more tokens than it has slots")
 
 
-class PagedAllocator:
+class PagedAllocator(Unnamed):
     """PagedAttention's allocator: blocks on demand, anywhere (arXiv 2309.06180, section 4).
 
     At most `block_size - 1` slots of a sequence are ever reserved and unused. A sequence that was
     forked shares its parent's blocks; whoever first writes to a shared block gets a copy of it.
     """
 
-    grows = True
+    grows = 1
 
     def __init__(self, num_blocks: int, block_size: int = 16):
         self.block_size = block_size
@@ -141,9 +142,10 @@ class PagedAllocator:
             return 0
         parent, num_common = sequence.fork
         num_tokens = min(num_common, parent.num_committed_tokens, sequence.num_reusable_tokens)
-        if not parent.block_ids or num_tokens <= 0:
+        shared = self._beginning_of(parent.block_ids, num_tokens) if num_tokens > 0 else []
+        if not shared:
             return 0
-        self._share(sequence, parent.block_ids[: -(-num_tokens // self.block_size)])
+        self._share(sequence, shared)
         parent.shares_blocks = True
         return num_tokens
 
@@ -170,34 +172,22 @@ class PagedAllocator:
             sequence.block_ids.extend(added)
         return first
 
-    def computed(self, sequence: Sequence) -> None:
-        """Nothing to note: nobody looks for contents."""
-
-    def swap_out(self, sequence: Sequence) -> bool:
-        """There is no other memory."""
-        return False
-
     def free(self, sequence: Sequence) -> None:
         self.stop(sequence)
-
-    def discredit(self, sequence: Sequence) -> None:
-        """Nothing can be found."""
 
     def take_transfers(self) -> tuple[Transfer, ...]:
         transfers = tuple(self._transfers)
         self._transfers.clear()
         return transfers
 
-    def lose(self, places: Iterable[tuple[Tier, int]]) -> None:
-        """Nothing is kept outside of the blocks that sequences hold."""
-
-    def forget_all(self) -> None:
-        """Nothing can be found."""
-
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         live = list(live)
         check_slots(live, self.block_size)
         self._pool.check_integrity([sequence.block_ids for sequence in live])
+
+    def _beginning_of(self, table: list[int], num_tokens: int) -> list[int]:
+        """What another sequence's table has of its first tokens; empty where some of it is gone."""
+        return table[: -(-num_tokens // self.block_size)]
 
     def _share(self, sequence: Sequence, block_ids: list[int]) -> None:
         for block_id in block_ids:
@@ -272,14 +262,4 @@ class PrefixAllocator(PagedAllocator):
         return sequence.num_reusable_tokens // self.block_size
 
     def _key(self, sequence: Sequence, index: int) -> bytes:
-        """The key of a sequence's full block; keys are computed once and kept."""
-        keys = sequence.block_keys
-        while len(keys) <= index:
-            parent = keys[-1] if keys else chain_root(sequence.request.cache_extras)
-            start = len(keys) * self.block_size
-            token_ids = sequence.token_ids[start : start + self.block_size]
-            if sequence.images:
-                keys.append(block_key_with_images(parent, token_ids, start, sequence.images))
-            else:
-                keys.append(block_key(parent, token_ids))
-        return keys[index]
+        return key_of(sequence, index, self.block_size)

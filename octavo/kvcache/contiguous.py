@@ -18,10 +18,10 @@ from octavo.kvcache.unshared import Unshared
 class RunAllocator(Unshared, ABC):
     """Reserves one run for each sequence. Sole writer of its pool; subclasses say how long.
 
-    `grows` is False: a running sequence never asks for more, so nothing need be kept for it.
+    `grows` is 0: a running sequence never asks for more, so nothing need be kept for it.
     """
 
-    grows = False
+    grows = 0
 
     def __init__(self, pool: RunPool, block_size: int):
         self.num_blocks = pool.num_blocks

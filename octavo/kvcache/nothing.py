@@ -10,10 +10,10 @@ from octavo.kvcache.unshared import Unshared
 class NoBlocks(Unshared):
     """Every sequence fits, with an empty block table: an encoder reads all of a prompt in one step.
 
-    `grows` is False: nobody ever asks for more, so nothing need be kept for those who run.
+    `grows` is 0: nobody ever asks for more, so nothing need be kept for those who run.
     """
 
-    grows = False
+    grows = 0
     num_blocks = 0
     num_free_blocks = 0
 

@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence as SequenceOf
 
-from octavo.core import ImageInput
+from octavo.core import ImageInput, Sequence
 
 
 def chain_root(extras: SequenceOf[str]) -> bytes:
@@ -43,3 +43,17 @@ def block_key_with_images(
             place = array("q", (len(name), image.start - start, image.num_tokens))
             digest.update(place.tobytes() + name)
     return digest.digest()
+
+
+def key_of(sequence: Sequence, index: int, block_size: int) -> bytes:
+    """The key of a sequence's full block; keys are computed once and kept with it."""
+    keys = sequence.block_keys
+    while len(keys) <= index:
+        parent = keys[-1] if keys else chain_root(sequence.request.cache_extras)
+        start = len(keys) * block_size
+        token_ids = sequence.token_ids[start : start + block_size]
+        if sequence.images:
+            keys.append(block_key_with_images(parent, token_ids, start, sequence.images))
+        else:
+            keys.append(block_key(parent, token_ids))
+    return keys[index]

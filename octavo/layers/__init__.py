@@ -1,5 +1,6 @@
 """The parts that models are wired from. They carry sharding, formats and kernels; no requests."""
 
+from octavo.layers.adapters import AdapterSlots, AdapterWeights, adapt_model
 from octavo.layers.attention import Attention, KVSpec, kv_specs
 from octavo.layers.build import Build, KernelReport, Layer, finish_layers
 from octavo.layers.class_head import ClassHead
@@ -25,6 +26,8 @@ from octavo.layers.typed_tokens import TypedTokens
 from octavo.layers.vocabulary import Vocabulary, create_vocabulary
 
 __all__ = [
+    "AdapterSlots",
+    "AdapterWeights",
     "Attention",
     "Build",
     "ClassHead",
@@ -49,6 +52,7 @@ __all__ = [
     "StepImages",
     "TypedTokens",
     "Vocabulary",
+    "adapt_model",
     "create_vocabulary",
     "expert_tokens",
     "feed_forward",

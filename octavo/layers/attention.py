@@ -84,6 +84,8 @@ class Attention(Layer):
         if qk_norm is not None:
             self._norms = (qk_norm.query_weight, qk_norm.key_weight, qk_norm.eps)
         self._layer = layer
+        if build.kv_groups and (group := build.kv_groups[layer]):
+            self.register_forward_pre_hook(partial(_with_tables_of, group))
         self._scale = config.scale
         self.spec = KVSpec(self.num_kv_heads, config.head_dim)
 
@@ -108,6 +110,15 @@ class Attention(Layer):
             angles = (context.positions, self._cos_sin)
             self._write(query, key, value, *angles, cache, slots, *self._norms)
         return self._attend(query, cache, context.attention, self._scale)
+
+
+def _with_tables_of(group: int, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A layer's inputs, the last of which is the step, with the step as its KV group has it.
+
+    A hook, so that the layers of group 0, which are all layers of most models, need not ask.
+    """
+    context: StepContext = inputs[-1]
+    return (*inputs[:-1], context.of_group(group))
 
 
 def kv_specs(model: nn.Module) -> list[KVSpec]:

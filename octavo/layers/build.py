@@ -21,6 +21,7 @@ class Build:
     block_size: int = 16  # tokens in a KV block
     batch_invariant: bool = False  # kernels whose bits for a row do not depend on other rows
     count_expert_tokens: bool = False  # mixtures of experts count whom they send tokens to
+    kv_groups: tuple[int, ...] = ()  # of each layer: whose block table it reads; empty: all group 0
     group: ParallelGroup = field(default_factory=ParallelGroup)
     weights: WeightFormat = field(default_factory=DenseFormat)
 

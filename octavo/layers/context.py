@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from octavo.kernels import AttentionBatch
+from octavo.kernels import AttentionBatch, Segments
 
 
 @dataclass(frozen=True, slots=True)
 class StepImages:
-    """What a step's tokens are of images, or stand behind some."""
+    """The rows of images among a step's tokens."""
 
-    index: Tensor | None  # [N] int64: tokens in whose places rows go, each once; None: no rows
-    rows: Tensor | None  # [N, hidden_size]
-    positions: Tensor | None = None  # [3, T] int64: time, down, across, where a model turns by them
+    index: Tensor  # [N] int64: tokens in whose places rows go, each once
+    rows: Tensor  # [N, hidden_size]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +27,18 @@ class StepContext:
     wanted: Tensor | None = None  # [S]: tokens whose hidden states are asked for; None: all
     images: StepImages | None = None
     angles: Tensor | None = None  # [T, rotary_dim] fp32: a row a token, which `positions` count
+    # `slots` and `attention` of KV groups 1 and on; those above are of group 0.
+    other_groups: tuple[tuple[Tensor, AttentionBatch], ...] = ()
+
+    @property
+    def segments(self) -> Segments:
+        """The tokens of each sequence, for attention that has no cache."""
+        return Segments(self.attention.query_starts, self.attention.max_query_len)
+
+    def of_group(self, group: int) -> "StepContext":
+        """The same step as layers of another KV group than 0 see it."""
+        slots, attention = self.other_groups[group - 1]
+        return replace(self, slots=slots, attention=attention)
 
     def of_all(self) -> "StepContext":
         """The same step, with all tokens wanted."""
@@ -43,6 +54,6 @@ class StepContext:
     def with_images(self, x: Tensor) -> Tensor:
         """Embeddings of all tokens [T, hidden_size] with the rows of images in their places."""
         images = self.images
-        if images is None or images.index is None or images.rows is None:
+        if images is None:
             return x
         return x.index_copy(0, images.index, images.rows)

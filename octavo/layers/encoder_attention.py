@@ -1,31 +1,39 @@
-"""Attention of whole prompts to themselves. Knows heads; no caches, no requests, no weights."""
+"""Attention of tokens to all of their segment. Knows heads; no caches, no requests, no weights."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from octavo.config import AttentionConfig
-from octavo.kernels import ENCODER_ATTENTION, Choice
+from octavo.kernels import ENCODER_ATTENTION, Choice, Segments
 from octavo.layers.build import Build, Layer
-from octavo.layers.context import StepContext
 
 
 class EncoderAttention(Layer):
-    """Each token of a step attends to all of its sequence, which must be in the step as a whole."""
+    """Queries of a segment see all of its keys, which must be there as a whole."""
 
-    def __init__(self, config: AttentionConfig, build: Build):
+    def __init__(self, num_heads: int, head_dim: int, build: Build, *, scale: float | None = None):
+        """`scale`: of the scores; by default 1 / sqrt(head_dim)."""
         super().__init__()
-        self.num_heads = build.group.local(config.num_heads, "attention heads")
-        sizes = {"num_heads": self.num_heads, "head_dim": config.head_dim}
+        self.num_heads, self.head_dim = build.group.local(num_heads, "attention heads"), head_dim
+        sizes = {"num_heads": self.num_heads, "head_dim": head_dim}
         self._choice = ENCODER_ATTENTION.select(build.case(sizes))
         self._attend = self._choice.function
-        self._scale = config.scale
+        self._scale = head_dim**-0.5 if scale is None else scale
 
     def finish(self) -> tuple[Choice[Any], ...]:
         return (self._choice,)
 
-    def forward(self, heads: Tensor, context: StepContext) -> Tensor:
-        """heads [T, 3 H, D]: queries, keys, values, as one product makes them -> [T, H, D]."""
-        query, key, value = torch.split(heads, self.num_heads, 1)
-        return self._attend(query, key, value, context.attention.query_starts, self._scale)
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        queries: Segments,
+        keys: Segments | None = None,
+    ) -> Tensor:
+        """query [T, H, D], key and value [S, H, D] -> [T, H, D].
+
+        Without `keys` the segments are those of the queries.
+        """
+        keys = queries if keys is None else keys
+        return self._attend(query, key, value, queries, keys, self._scale)

@@ -3,16 +3,18 @@
 Knows neither requests nor what its parts mean to a model.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from octavo.errors import IntegrityError
 from octavo.kernels import Choice
 from octavo.layers.build import Build, Layer
 from octavo.layers.slot import Slot
+from octavo.quant import StoredWeight
 
 
 class Linear(Layer):
@@ -41,7 +43,9 @@ class Linear(Layer):
             self._columns = build.group.share(in_features, "input features")
         self._shares = {name: self._share(name, rows) for name, rows in parts.items()}
         self.out_features = sum(share.stop - share.start for share in self._shares.values())
-        self.weight = build.weight(self.out_features, self._columns.stop - self._columns.start)
+        self.weight: StoredWeight = build.weight(
+            self.out_features, self._columns.stop - self._columns.start
+        )
         self.bias = (
             torch.empty(self.out_features, dtype=build.dtype, device=build.device) if bias else None
         )
@@ -66,9 +70,8 @@ class Linear(Layer):
         table = {}
         for part, name in names.items():
             rows = self._parts[part]
-            table[f"{name}.weight"] = Slot(
-                (rows, self._full_in_features), self._weight_loader(part)
-            )
+            shape, load = (rows, self._full_in_features), self._weight_loader(part)
+            table[f"{name}.weight"] = Slot(shape, load, self, partial(_one_part, part))
             if self.bias is not None:
                 table[f"{name}.bias"] = Slot((rows,), self._bias_loader(self.bias, part))
         return table
@@ -87,17 +90,23 @@ class Linear(Layer):
         sizes = [rows // groups for rows in self._parts.values()]
         num_rows, width = sum(self._parts.values()), self._full_in_features
 
-        def load_each(loaders: list[Callable[[Tensor], None]], tensor: Tensor) -> None:
+        def rows_of_parts(tensor: Tensor) -> dict[str, Tensor]:
             pieces = torch.split(tensor.reshape(groups, -1, *tensor.shape[1:]), sizes, 1)
-            for load, piece in zip(loaders, pieces, strict=True):
-                load(piece.flatten(0, 1))
+            return {
+                part: piece.flatten(0, 1) for part, piece in zip(self._parts, pieces, strict=True)
+            }
+
+        def load_each(loaders: list[Callable[[Tensor], None]], tensor: Tensor) -> None:
+            for load, rows in zip(loaders, rows_of_parts(tensor).values(), strict=True):
+                load(rows)
 
         def load_weight(tensor: Tensor) -> None:
             rows = tensor.t() if transposed else tensor
             load_each([self._weight_loader(part) for part in self._parts], rows)
 
         shape = (width, num_rows) if transposed else (num_rows, width)
-        table = {f"{name}.weight": Slot(shape, load_weight)}
+        slot = Slot(shape, load_weight, self, rows_of_parts, transposed)
+        table = {f"{name}.weight": slot}
         bias = self.bias
         if bias is not None:
             loaders = [self._bias_loader(bias, part) for part in self._parts]
@@ -118,6 +127,38 @@ class Linear(Layer):
 
         return load
 
+    @property
+    def local_parts(self) -> tuple[int, ...]:
+        """This rank's outputs of each part, in their order."""
+        return tuple(share.stop - share.start for share in self._shares.values())
+
+    @property
+    def local_in_features(self) -> int:
+        """The input features that this rank's weight reads."""
+        return self._columns.stop - self._columns.start
+
+    def adapter(
+        self, rank: int, matrices: Iterable[tuple[Slot, Tensor, Tensor]]
+    ) -> tuple[Tensor, Tensor]:
+        """This rank's A [parts, rank, columns] and B [rows, rank] of one LoRA adapter.
+
+        Args:
+            rank: that there is room for; what the adapter's own leaves is 0.
+            matrices: (a slot of this layer, A [r, in_features], B [its rows, r]) for each of its
+                checkpoint tensors that the adapter changes.
+        """
+        names = list(self._parts)
+        a = torch.zeros(len(names), rank, self.local_in_features)
+        b = torch.zeros(self.out_features, rank)
+        for slot, shrink, expand in matrices:
+            if slot.rows_of_parts is None:
+                raise IntegrityError("an adapter changes a tensor that is no product's")
+            r = len(shrink)
+            for part, rows in slot.rows_of_parts(expand).items():
+                a[names.index(part), :r] = shrink[:, self._columns]
+                b[self._place_of(part), :r] = rows[self._shares[part]]
+        return a, b
+
     def finish(self) -> tuple[Choice[Any], ...]:
         return (self.weight.finish(),)
 
@@ -125,3 +166,7 @@ class Linear(Layer):
         """x [T, in_features] -> [T, out_features]."""
         y = self.weight.apply(x, self.bias)
         return self._group.all_reduce(y) if self._split == "columns" else y
+
+
+def _one_part(part: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {part: tensor}

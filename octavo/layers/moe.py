@@ -99,7 +99,12 @@ def feed_forward(
 
 def expert_tokens(model: nn.Module) -> dict[str, list[int]]:
     """{layer: how many tokens each of its experts got}; waits for the device."""
-    return {name: counts.tolist() for name, counts in _counts(model)}
+    named = dict(_counts(model))
+    if not named:
+        return {}
+    together = torch.cat(tuple(named.values())).cpu()  # one copy, so one wait
+    parts = torch.split(together, [len(counts) for counts in named.values()])
+    return {name: part.tolist() for name, part in zip(named, parts, strict=True)}
 
 
 def forget_expert_tokens(model: nn.Module) -> None:

@@ -15,7 +15,13 @@ from octavo.layers.rotary import Rotary
 
 
 class SectionAngles:
-    """Makes the rows of a step, once for all layers."""
+    """Makes the rows of a step, once for all layers.
+
+    told: [3 n] int32, where whoever runs the model has written time, down and across of the n
+    tokens of the step, one after the other. Until there is such a place all tokens are of text.
+    """
+
+    told: Tensor | None = None
 
     def __init__(self, rotary: Rotary, sections: tuple[int, ...]):
         self._cos_sin = rotary.cos_sin
@@ -28,9 +34,10 @@ class SectionAngles:
 
     def turned(self, context: StepContext) -> StepContext:
         """The step as `SectionedAttention` reads it. Text has one position for all three."""
+        num_tokens = len(context.positions)
         positions = context.positions.expand(3, -1)
-        if context.images is not None and context.images.positions is not None:
-            positions = context.images.positions
+        if self.told is not None:
+            positions = self.told[: 3 * num_tokens].view(3, num_tokens)
         # [rotary_dim, T] and back: each column looks its token up at the position of its axis.
         angles = self._cos_sin[positions[self._axes], self._columns].T.contiguous()
         return replace(

@@ -1,9 +1,13 @@
 """The contract between a layer that waits for weights and whoever has them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from octavo.layers.linear import Linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,3 +21,14 @@ class Slot:
 
     shape: tuple[int, ...]
     load: Callable[[Tensor], object]
+    # Of a weight of a product, for whoever changes it besides loading it: the layer, and a matrix
+    # with as many rows as the product has outputs -> the rows of each of its parts.
+    linear: "Linear | None" = None
+    rows_of_parts: Callable[[Tensor], Mapping[str, Tensor]] | None = None
+    transposed: bool = False  # the checkpoint has it as [columns, rows]
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of a weight."""
+        rows, columns = self.shape
+        return (columns, rows) if self.transposed else (rows, columns)

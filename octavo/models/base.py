@@ -1,19 +1,25 @@
 """What the runner and the loader need of a model."""
 
+from __future__ import annotations
+
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor, nn
 
-from octavo.layers import Slot, StepContext
-from octavo.vision.encoders import VisionEncoder
+from octavo.layers import AdapterSlots, SectionAngles, Slot, StepContext
+
+if TYPE_CHECKING:  # a model that sees imports what looks; others start without it
+    from octavo.vision.encoders import VisionEncoder
 
 
 class Model(nn.Module, ABC):
     """One architecture: wiring of layers, and the checkpoint's names of their weights."""
 
+    adapters: AdapterSlots | None = None  # where it was given some (`adapt_model`)
+    angles: SectionAngles | None = None  # where it turns by three positions of each token
     _blocks: Sequence[Any] = ()  # what `forward` runs one after the other, if it is made like that
     _kinds: Sequence[Hashable] = ()  # of its blocks: those that are equal run the same kernels
 

@@ -34,7 +34,7 @@ class BertBlock(nn.Module):
         self.head_dim = shape.head_dim
         parts = dict.fromkeys(("query", "key", "value"), shape.num_query_values)
         self.qkv = Linear(parts, hidden_size, build, bias=shape.bias, split="rows")
-        self.attend = EncoderAttention(shape, build)
+        self.attend = EncoderAttention(shape.num_heads, shape.head_dim, build, scale=shape.scale)
         self.output = Linear(
             {"o": hidden_size},
             shape.num_query_values,
@@ -59,7 +59,8 @@ class BertBlock(nn.Module):
     def forward(self, x: Tensor, context: StepContext) -> Tensor:
         """x [T, hidden_size] -> that of the wanted tokens; x is written over."""
         # What is not needed any more has no name, so that its memory is free for what comes next.
-        y = self.attend(self.qkv(x).unflatten(-1, (-1, self.head_dim)), context).flatten(1)
+        heads = (3, -1, self.head_dim)  # of queries, keys, values
+        y = self.attend(*self.qkv(x).unflatten(-1, heads).unbind(1), context.segments).flatten(1)
         y, x = context.wanted_of(self.output(y), x)
         y, x = self.attention_norm(y, x)
         normed: Tensor = self.mlp_norm(self.mlp(y), y)[0]

@@ -46,7 +46,8 @@ class OPT(Decoder):
         self.positions = LearnedPositions(rows, config.hidden_size, build, offset=POSITION_OFFSET)
 
     def embed(self, token_ids: Tensor, context: StepContext) -> Tensor:
-        return self.positions.added_to(self.vocabulary.embed(token_ids), context.positions)
+        """token_ids [T] -> what the first block reads, [T, hidden_size]."""
+        return self.positions.added_to(super().embed(token_ids, context), context.positions)
 
     def slots(self) -> dict[str, Slot]:
         """Checkpoint tensor names and the places that wait for them."""

@@ -22,6 +22,7 @@ class Qwen25VL(Llava):
 
     attention_type = Qwen25VLAttention
     text_prefix = ""
+    angles: SectionAngles
 
     def __init__(self, config: ModelConfig, build: Build, *, max_positions: int):
         super().__init__(config, build, max_positions=max_positions)

@@ -109,6 +109,11 @@ class DiskFile:
         os.pwrite(self._file, _EMPTY, self._offset(slot))
         return False
 
+    def empty(self) -> None:
+        """Drop every block, also for whoever opens the file later. Raises OSError."""
+        os.ftruncate(self._file, _HEAD_BYTES)
+        os.ftruncate(self._file, self._offset(self.num_slots))
+
     def close(self) -> None:
         """Give the file back; its blocks stay."""
         os.close(self._file)

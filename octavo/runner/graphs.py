@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from octavo.config import decode_sizes, mixed_sizes
-from octavo.kernels import PreparedInputs
 from octavo.runner.packet import Packet, Packets, StepSizes
 from octavo.runner.rows import StepLimits
 from octavo.runner.stages import Stages, StepBounds
@@ -150,13 +149,7 @@ class StepGraphs:
 
     def _model_pass(self, shape: Shape) -> Tensor:
         num_seqs, num_tokens, is_decode = shape
-        inputs = PreparedInputs(
-            self._inputs.token_ids[:num_tokens],
-            self._inputs.positions[:num_tokens],
-            self._inputs.slots[:num_tokens],
-            self._inputs.context_lens[:num_seqs],
-            self._inputs.block_tables[:num_seqs],
-        )
+        inputs = self._inputs.first(num_seqs, num_tokens)
         bounds = StepBounds(1 if is_decode else num_tokens, self._limits.max_model_len)
         packet = self.packet(self._device_memory, shape)
         draws = packet.draws.first(num_seqs)

@@ -3,11 +3,14 @@
 The scheduler says what is made and what is dropped. Knows no files and no prompts.
 """
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING
+
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from octavo.config import ModelConfig, ResolvedConfig
@@ -17,20 +20,31 @@ from octavo.layers import StepImages
 from octavo.models import Model
 from octavo.runner.layout import StepLayout
 from octavo.runner.rows import Row
-from octavo.vision import ImageSpan, num_image_tokens
-from octavo.vision.encoders import VisionEncoder
-from octavo.vision.positions import GridSpan, mrope_positions
+from octavo.vision import num_image_tokens
 from octavo.vision.tokens import largest_size
+
+if TYPE_CHECKING:  # as in octavo.models.base
+    from PIL.Image import Image
+
+    from octavo.config.families.vision_shapes import PixelSettings, VisionConfig
+    from octavo.vision.encoders import VisionEncoder
 
 
 class ImageStore:
     """The rows of images on the device. Sole writer: the model runner."""
 
-    def __init__(self, encoder: VisionEncoder, config: ModelConfig, device: str):
+    def __init__(
+        self,
+        encoder: VisionEncoder,
+        config: ModelConfig,
+        device: str,
+        *,
+        max_num_encoder_tokens: int,
+    ):
         self._encoder = encoder
         self._config = config
         self._device = device
-        self._turns = any(rope.sections for rope in config.ropes)  # by positions in images
+        self._max_num_encoder_tokens = max_num_encoder_tokens
         self._rows: dict[str, Tensor] = {}  # by content: [num_tokens, hidden_size]
 
     def update(self, plan: StepPlan) -> None:
@@ -38,13 +52,10 @@ class ImageStore:
         for key in plan.forgotten_images:
             self._rows.pop(key, None)
         if plan.pictures:
-            keys = [picture.key for picture in plan.pictures]
-            # A copy of each: as views they would all stay for as long as one of them does.
-            encoded = [rows.clone() for rows in self._encode(plan.pictures)]
-            self._rows |= zip(keys, encoded, strict=True)
+            self._rows |= self._encode(plan.pictures)
 
     def among(self, step: StepLayout, rows: Sequence[Row]) -> StepImages | None:
-        """What of images stands among the step's tokens; None where nothing does.
+        """The rows of images among the step's tokens; None where there are none.
 
         Args:
             step: the layout of the step.
@@ -63,36 +74,80 @@ class ImageStore:
                     raise IntegrityError(f"nobody encoded the image at token {image.start}")
                 index += range(first + begin - start, first + past - start)
                 parts.append(self._rows[image.key][begin - image.start : past - image.start])
-        positions = self._positions(step, rows) if self._turns else None
         if not parts:
-            return None if positions is None else StepImages(None, None, positions)
+            return None
         of_images = torch.cat(parts)
-        return StepImages(torch.tensor(index).to(of_images.device), of_images, positions)
+        return StepImages(torch.tensor(index).to(of_images.device), of_images)
 
-    def _positions(self, step: StepLayout, rows: Sequence[Row]) -> Tensor:
-        """[3, T]: time, down, across."""
-        pieces = [
-            _grid_positions(row, start, stop)
-            for row, (start, stop, _) in zip(rows, _spans(step), strict=True)
-        ]
-        return torch.from_numpy(np.concatenate(pieces, axis=1)).to(self._device)
+    def _encode(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+        """All pictures together; a video of more tokens than that piece by piece.
 
-    def _encode(self, pictures: Sequence[Picture]) -> list[Tensor]:
+        No frame sees another one in an encoder, so a long video needs no more memory than a step.
+        """
         # Pillow is an extra, and engines without images do without it.
-        from octavo.vision.processing import picture_from, prepare
+        from octavo.vision.processing import prepare
 
-        vision, pixels = self._config.vision, self._config.pixels
-        if vision is None or pixels is None:
+        parts: dict[str, list[Tensor]] = {picture.key: [] for picture in pictures}
+        for batch in self._batches(pictures):
+            inputs = [prepare(self._vision, piece.pixels, piece.frames) for piece in batch]
+            for piece, rows in zip(batch, self._encoder(inputs), strict=True):
+                parts[piece.key].append(rows)
+        # A copy of each: as views they would all stay for as long as one of them does.
+        return {key: torch.cat(rows) for key, rows in parts.items()}
+
+    def _batches(self, pictures: Sequence[Picture]) -> Iterator[list[_Piece]]:
+        """Pieces of pictures that go through the encoder together."""
+        batch: list[_Piece] = []
+        num_tokens = 0
+        for piece in chain.from_iterable(map(self._pieces, pictures)):
+            if batch and num_tokens + piece.num_tokens > self._max_num_encoder_tokens:
+                yield batch
+                batch, num_tokens = [], 0
+            batch.append(piece)
+            num_tokens += piece.num_tokens
+        yield batch
+
+    def _pieces(self, picture: Picture) -> Iterator[_Piece]:
+        """A picture, or the whole layers of a video of which each is within the budget."""
+        from octavo.vision.processing import frames_of
+
+        frames, size = frames_of(picture), (picture.height, picture.width)
+        pixels, depth = self._config.pixels, len(frames)
+        if picture.num_frames is not None and self._config.videos is not None:
+            pixels = self._config.videos.pixels
+            layer = num_image_tokens(self._vision, pixels, size)
+            depth = pixels.temporal_patch_size * max(1, self._max_num_encoder_tokens // layer)
+        if pixels is None:
             raise IntegrityError("pictures came to a model that sees none")
-        inputs = [prepare(vision, pixels, [picture_from(picture)]) for picture in pictures]
-        encoded: list[Tensor] = self._encoder(inputs)
-        return encoded
+        for start in range(0, len(frames), depth):
+            some = frames[start : start + depth]
+            count = num_image_tokens(self._vision, pixels, size, num_frames=len(some))
+            yield _Piece(picture.key, some, pixels, count)
+
+    @property
+    def _vision(self) -> VisionConfig:
+        if self._config.vision is None:
+            raise IntegrityError("pictures came to a model that sees none")
+        return self._config.vision
 
 
-def create_image_store(model: Model, config: ModelConfig, device: str) -> ImageStore | None:
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """What of a picture goes through the encoder at once."""
+
+    key: str
+    frames: list[Image]
+    pixels: PixelSettings
+    num_tokens: int
+
+
+def create_image_store(model: Model, config: ResolvedConfig) -> ImageStore | None:
     """The store of a model that sees images."""
     encoder = model.image_encoder
-    return None if encoder is None else ImageStore(encoder, config, device)
+    if encoder is None:
+        return None
+    budget = config.max_num_encoder_tokens
+    return ImageStore(encoder, config.model, config.device, max_num_encoder_tokens=budget)
 
 
 def largest_pictures(config: ResolvedConfig) -> tuple[Picture, ...]:
@@ -102,10 +157,17 @@ def largest_pictures(config: ResolvedConfig) -> tuple[Picture, ...]:
         return ()
     height, width = largest_size(pixels)
     num_tokens = num_image_tokens(vision, pixels, (height, width))
+    num_frames = None
+    if config.model.videos is not None:
+        of_videos = config.model.videos.pixels
+        size = largest_size(of_videos)
+        if (layer := num_image_tokens(vision, of_videos, size)) > num_tokens:
+            (height, width), num_tokens = size, layer
+            num_frames = of_videos.temporal_patch_size
     most = min(config.max_num_encoder_tokens, config.num_cached_image_tokens)
-    black = bytes(3 * width * height)
+    black = bytes(3 * width * height * (num_frames or 1))
     names = (f"largest-{i}" for i in range(max(1, most // num_tokens)))
-    return tuple(Picture(name, width, height, black) for name in names)
+    return tuple(Picture(name, width, height, black, num_frames) for name in names)
 
 
 def _spans(step: StepLayout) -> Iterator[tuple[int, int, int]]:
@@ -114,19 +176,3 @@ def _spans(step: StepLayout) -> Iterator[tuple[int, int, int]]:
         step.starts, step.query_starts, step.query_starts[1:], strict=False
     ):
         yield start, start + end - first, first
-
-
-def _grid_positions(row: Row, start: int, stop: int) -> NDArray[np.int64]:
-    """[3, stop - start]: those of a sequence's tokens from `start` on."""
-    if not row.images:
-        return np.tile(np.arange(start, stop), (3, 1))
-    if row.grid_positions is None:
-        spans = [
-            GridSpan(ImageSpan(image.start, image.num_tokens), image.grid)
-            for image in row.images
-            if image.grid is not None
-        ]
-        row.grid_positions = mrope_positions(row.num_prompt_tokens, spans)
-    of_prompt, offset = row.grid_positions
-    later = np.arange(max(start, row.num_prompt_tokens), stop) + offset
-    return np.concatenate((of_prompt[:, start:stop], np.tile(later, (3, 1))), axis=1)

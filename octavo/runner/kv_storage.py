@@ -4,7 +4,7 @@ Knows no requests and no keys' meaning: which content lies where is the allocato
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,15 +48,23 @@ class _Group:
 class KVStorage:
     """The KV blocks of all layers and tiers. Sole writer of host and disk; kernels write devices'.
 
-    kv_caches: [parts, num_blocks, Hkv, block_size, D] for each layer, all of one dtype and device.
+    kv_caches: [parts, num_blocks, Hkv, block_size, D] for each layer that a block has room for, all
+        of one dtype and device.
+    With `places`, layers share caches, in blocks of their own: layer i has that of `places[i]`.
     A block below the device is one row with all layers' keys and values one after the other.
     Without layers (an encoder) there is nothing to keep, and no block anywhere.
     """
 
     def __init__(
-        self, kv_caches: list[Tensor], *, num_host_blocks: int = 0, disk: DiskFile | None = None
+        self,
+        kv_caches: list[Tensor],
+        *,
+        places: Sequence[int] | None = None,
+        num_host_blocks: int = 0,
+        disk: DiskFile | None = None,
     ):
         self.kv_caches = kv_caches
+        self.of_layers = kv_caches if places is None else [kv_caches[place] for place in places]
         self._sizes = [cache[:, 0].numel() for cache in kv_caches]
         self._host = torch.empty(
             (num_host_blocks, sum(self._sizes)),

@@ -3,7 +3,7 @@
 import torch
 
 from octavo.config import ResolvedConfig, decode_sizes, mixed_sizes
-from octavo.config.memory_plan import graph_overhead_bytes
+from octavo.config.memory_plan import most_graph_bytes
 from octavo.core import NewSequence, SamplingParams, ScheduledTokens, StepPlan
 from octavo.errors import ConfigError
 from octavo.kernels import Case, triton_support
@@ -52,7 +52,7 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
     """Bytes left under `gpu_memory_utilization` after weights and the activations of a full step.
 
     The step has `max_num_batched_tokens` tokens in `max_num_seqs` sequences, all of them sampled.
-    CUDA graphs hold as much once more: a step that fits no graph runs beside them. A model that
+    CUDA graphs hold theirs beside it, for steps that fit no graph. A model that
     sees encodes as many images as a step may, too, and has the memory for rows of images.
 
     Raises:
@@ -66,7 +66,7 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
-    graphs = 0 if config.enforce_eager else peak - before + graph_overhead_bytes(config)
+    graphs = 0 if config.enforce_eager else most_graph_bytes(config, peak - before)
     peak = max(peak, _encoding_peak(model, config))
     left = int(total * config.gpu_memory_utilization) - others - peak - graphs
     # One block is nobody's: what fills a batch up writes there.
@@ -85,7 +85,7 @@ def measure_kv_cache_bytes(model: Model, config: ResolvedConfig) -> int:
 
 def _encoding_peak(model: Model, config: ResolvedConfig) -> int:
     """Bytes at the peak of the largest step of an encoder; 0 where there is none."""
-    store = create_image_store(model, config.model, config.device)
+    store = create_image_store(model, config)
     if store is None:
         return 0
     torch.cuda.reset_peak_memory_stats()
@@ -108,6 +108,7 @@ def _run_full_step(model: Model, config: ResolvedConfig) -> None:
     share, rest = divmod(config.max_num_batched_tokens, num_seqs)
     lengths = [min(share + (i < rest), config.max_model_len) for i in range(num_seqs)]
     num_blocks = -(-max(lengths) // config.block_size)  # shared by all: only sizes matter here
+    table = tuple(range(num_blocks)) * config.kv_groups.num_groups
     sampling = SamplingParams(max_tokens=1)
     new = tuple(
         NewSequence(
@@ -115,7 +116,7 @@ def _run_full_step(model: Model, config: ResolvedConfig) -> None:
             token_ids=(0,) * length,
             num_prompt_tokens=length,
             num_computed_tokens=0,
-            block_ids=tuple(range(num_blocks)),
+            block_ids=table,
             sampling=sampling,
             seed=0,
             stop_ids=frozenset(),
@@ -123,15 +124,16 @@ def _run_full_step(model: Model, config: ResolvedConfig) -> None:
         for i, length in enumerate(lengths)
     )
     shares = tuple(
-        ScheduledTokens(one.sequence_id, len(one.token_ids), num_blocks, (), True) for one in new
+        ScheduledTokens(one.sequence_id, len(one.token_ids), len(table), (), True) for one in new
     )
     runner = _runner_without_memory(model, config, num_blocks=num_blocks)
     runner.execute(StepPlan(0, new, shares, ()))
 
 
 def _runner_without_memory(model: Model, config: ResolvedConfig, *, num_blocks: int) -> ModelRunner:
+    groups = config.layer_groups
     caches = allocate_kv_caches(
-        kv_specs(model),
+        kv_specs(model)[: groups.num_places],
         num_blocks=num_blocks,
         block_size=config.block_size,
         dtype=getattr(torch, config.dtype),
@@ -139,7 +141,7 @@ def _runner_without_memory(model: Model, config: ResolvedConfig, *, num_blocks: 
     )
     return ModelRunner(
         model,
-        KVStorage(caches),
+        KVStorage(caches, places=groups.places),
         step_limits(config),
         device=config.device,
         num_threads=config.num_threads,

@@ -19,7 +19,9 @@ from octavo.core import (
     StepPlan,
     StepResult,
 )
+from octavo.kernels import NO_SUCH_ID
 from octavo.models import Model
+from octavo.runner.adapters import create_token_adapters
 from octavo.runner.graphs import Recorder, StepGraphs, cuda_recorder
 from octavo.runner.images import ImageStore
 from octavo.runner.kv_storage import KVStorage
@@ -27,10 +29,13 @@ from octavo.runner.lack_of_memory import memory_errors
 from octavo.runner.layout import StepLayout, lay_out
 from octavo.runner.links import Readback, Uplink
 from octavo.runner.packet import Packet, Packets, StepSizes
+from octavo.runner.positions import create_token_positions
 from octavo.runner.reads import NOT_FINITE, lay_out_reads, read
 from octavo.runner.rows import NewBlocks, Row, Rows, StepLimits
 from octavo.runner.sampler import Drawn, sample
 from octavo.runner.stages import Stages, StepBounds
+
+_NO_SUCH_ID = "a token was drawn that is not in the vocabulary"
 
 
 class ModelRunner:
@@ -56,10 +61,12 @@ class ModelRunner:
         self._num_threads = num_threads
         self._thread: int | None = None  # the one that `num_threads` was last set for
         self._images = images  # None: the model sees none
+        self._adapters = create_token_adapters(model, device)  # None: it has no slots for any
+        self._positions = create_token_positions(model, limits, device)  # None: it turns by one
         self._rows = Rows(limits, device, grammars)
         self._stages = Stages(
             model,
-            storage.kv_caches,
+            storage.of_layers,
             self._rows.on_device,
             block_size=limits.block_size,
             padding_slot=storage.padding_slot,
@@ -75,9 +82,7 @@ class ModelRunner:
     @property
     def row_bytes(self) -> int:
         """Bytes on the device of what is kept of rows, and of the packets that speak of them."""
-        rows = self._rows.on_device
-        tensors = (rows.block_tables, rows.last_token_ids, self._uplink.device_memory)
-        return sum(tensor.nbytes for tensor in tensors)
+        return self._rows.num_bytes + self._uplink.device_memory.nbytes
 
     @torch.inference_mode()
     def compile_kernels(self, sizes: Iterable[StepSizes]) -> None:
@@ -89,8 +94,9 @@ class ModelRunner:
             for size in sizes:
                 packet = Packet.over(memory, size)
                 inputs = stages.allocate_inputs(size, limits.max_model_len)
-                for ids in (inputs.token_ids, inputs.positions, inputs.slots):
-                    ids.zero_()  # nothing is prepared, and torch's own kernels do run
+                for own in inputs.groups:  # nothing is prepared, and torch's own kernels do run
+                    for ids in (own.token_ids, own.positions, own.slots):
+                        ids.zero_()
                 max_query_len = 1 if size.num_tokens == size.num_seqs else size.num_tokens
                 bounds = StepBounds(max_query_len, limits.max_model_len)
                 hidden = stages.run_model(packet.shares, packet.draws, inputs, bounds)
@@ -145,9 +151,13 @@ class ModelRunner:
             step = replace(step, reads=reads)
         graphs, stages, sizes = self._graphs, self._stages, step.sizes
         images = None if self._images is None else self._images.among(step, rows)
-        # Steps with images run without a graph: whoever adds a prompt's worth of rows can wait for
-        # its launches.
+        # A step that adds rows of images runs without a graph: it has a prompt's worth of tokens,
+        # and can wait for its launches.
         shape = None if graphs is None or images is not None else graphs.shape_for(sizes)
+        if self._adapters is not None:
+            self._adapters.send(step, rows, (shape or sizes).num_tokens)
+        if self._positions is not None:
+            self._positions.send(step, rows, (shape or sizes).num_tokens)
         if graphs is not None and shape is not None:
             packet = self._send(step, partial(graphs.packet, shape=shape), new_blocks)
             hidden = graphs.run_model(shape)
@@ -282,7 +292,8 @@ def _take(share: ScheduledTokens, row: Row, drawn: Drawn, places: slice) -> Samp
         row.num_tokens = len(row.token_ids)
         row.num_computed_tokens = row.num_tokens - 1
     if token_ids[-1] < 0:
-        error, code = NOT_FINITE, FailureCode.NUMERICAL_ERROR
+        error = _NO_SUCH_ID if token_ids[-1] == NO_SUCH_ID else NOT_FINITE
+        code = FailureCode.NUMERICAL_ERROR
         if row.matcher is not None and row.matcher.error:
             error, code = row.matcher.error, FailureCode.GENERATION_FAILED
         return SampledTokens(share.sequence_id, (), error=error, error_code=code)

@@ -37,11 +37,16 @@ class StepLimits:
     max_model_len: int
     block_size: int
     num_scored_at_once: int = 64
+    num_groups: int = 1  # of layers, each with block tables of its own
 
     @property
     def max_num_blocks(self) -> int:
-        """Blocks of the longest sequence."""
-        return -(-self.max_model_len // self.block_size)
+        """Entries of a block table: the blocks of the longest sequence.
+
+        Of several tables each begins at a multiple of 16 bytes, as kernels want it.
+        """
+        num_blocks = -(-self.max_model_len // self.block_size)
+        return num_blocks if self.num_groups == 1 else -(-num_blocks // 4) * 4
 
 
 def step_limits(config: ResolvedConfig) -> StepLimits:
@@ -52,6 +57,7 @@ def step_limits(config: ResolvedConfig) -> StepLimits:
         max_model_len=config.max_model_len,
         block_size=config.block_size,
         num_scored_at_once=num_scored_at_once(config),
+        num_groups=config.kv_groups.num_groups,
     )
 
 
@@ -59,6 +65,7 @@ class Row:
     """One sequence: its ids as far as they were read, and its sampling options."""
 
     __slots__ = (
+        "adapter",
         "banned",
         "grid_positions",
         "images",
@@ -91,6 +98,7 @@ class Row:
         self.stop_ids = new.stop_ids
         self.banned = new.banned
         self.images = new.images
+        self.adapter = new.adapter
         # Of the prompt, and what is added to those after it; made where a model turns by them.
         self.grid_positions: tuple[npt.NDArray[np.int64], int] | None = None
         self.num_logprobs = new.num_logprobs
@@ -173,11 +181,14 @@ class Rows:
         self._free = list(range(limits.max_num_seqs - 1, -1, -1))
         self.nobody = limits.max_num_seqs
         self.options = OptionColumns(limits.max_num_seqs + 1)
-        self.on_device = DeviceRows(
-            torch.zeros(
-                (limits.max_num_seqs + 1, limits.max_num_blocks), dtype=torch.int32, device=device
-            ),
-            torch.zeros(limits.max_num_seqs + 1, dtype=torch.int64, device=device),
+        num_rows, width = limits.max_num_seqs + 1, limits.max_num_blocks
+        self._tables = torch.zeros(
+            (num_rows, limits.num_groups * width), dtype=torch.int32, device=device
+        )
+        last_token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        # Of each group: a row has its tables one after the other, but what was drawn last once.
+        self.on_device = tuple(
+            DeviceRows(table, last_token_ids) for table in torch.split(self._tables, width, 1)
         )
 
     def __getitem__(self, sequence_id: str) -> Row:
@@ -200,7 +211,12 @@ class Rows:
 
     def apply(self, places: Tensor, block_ids: Tensor) -> None:
         """Write what `update` returned, now on the device, to the tables there."""
-        self.on_device.block_tables.view(-1).index_put_((places.long(),), block_ids)
+        self._tables.view(-1).index_put_((places.long(),), block_ids)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes on the device."""
+        return self._tables.nbytes + self.on_device[0].last_token_ids.nbytes
 
     def _add(self, new: NewSequence) -> Row:
         if not self._free:
@@ -233,8 +249,12 @@ class Rows:
         places: list[int],
         values: list[int],
     ) -> None:
-        # A run of blocks may be longer than any context: what lies beyond is never read.
-        room = self._limits.max_num_blocks
-        start = row.index * room
-        places += range(start + first, start + min(first + len(block_ids), room))
-        values += block_ids[: max(0, room - first)]
+        # The plan has the tables of all groups in one, entry by entry: see `KVGroups`. A run of
+        # blocks may be longer than any context: what lies beyond is never read.
+        num_groups, room = self._limits.num_groups, self._limits.max_num_blocks
+        for group in range(num_groups):
+            own = block_ids[(group - first) % num_groups :: num_groups]
+            index = -((group - first) // num_groups)
+            start = (row.index * num_groups + group) * room
+            places += range(start + index, start + min(index + len(own), room))
+            values += own[: max(0, room - index)]

@@ -17,7 +17,7 @@ Rows = Sequence[Row]
 
 
 class Drawn(NamedTuple):
-    """The next token of each of S rows; negative where its logits were not finite."""
+    """The next token of each of S rows; negative where there is none."""
 
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None

@@ -32,6 +32,28 @@ class StepBounds:
     max_context_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The prepared inputs of a step: for each KV group slots and block tables, the rest shared."""
+
+    groups: tuple[PreparedInputs, ...]
+
+    def first(self, num_seqs: int, num_tokens: int) -> "StepInputs":
+        """Of so many sequences and tokens only."""
+        return StepInputs(
+            tuple(
+                PreparedInputs(
+                    inputs.token_ids[:num_tokens],
+                    inputs.positions[:num_tokens],
+                    inputs.slots[:num_tokens],
+                    inputs.context_lens[:num_seqs],
+                    inputs.block_tables[:num_seqs],
+                )
+                for inputs in self.groups
+            )
+        )
+
+
 class Stages:
     """The model between the device's rows and the ids that are drawn."""
 
@@ -39,7 +61,7 @@ class Stages:
         self,
         model: Model,
         kv_caches: list[Tensor],
-        rows: DeviceRows,
+        rows: tuple[DeviceRows, ...],
         *,
         block_size: int,
         padding_slot: int,
@@ -49,61 +71,76 @@ class Stages:
         self._rows = rows
         self._block_size = block_size
         self._padding_slot = padding_slot
-        self.device = rows.last_token_ids.device
+        self.device = rows[0].last_token_ids.device
         case = Case(self.device.type, torch.float32)
         self._prepare = PREPARE_INPUTS.select(case).function
         self._draw = SAMPLE_TOKENS.select(case).function
         self._record = RECORD_DRAWS.select(case).function
 
-    def allocate_inputs(self, sizes: StepSizes, max_context_len: int) -> PreparedInputs:
+    def allocate_inputs(self, sizes: StepSizes, max_context_len: int) -> StepInputs:
         """Memory for the inputs of a step, uninitialised."""
-        longs = torch.empty((3, sizes.num_tokens), dtype=torch.int64, device=self.device)
-        token_ids, positions, slots = longs.unbind()
+        num_groups, num_seqs = len(self._rows), sizes.num_seqs
+        longs = torch.empty(
+            (2 + num_groups, sizes.num_tokens), dtype=torch.int64, device=self.device
+        )
+        token_ids, positions, *slots = longs.unbind()
         width = -(-max_context_len // self._block_size)
-        return PreparedInputs(
-            token_ids,
-            positions,
-            slots,
-            torch.empty(sizes.num_seqs, dtype=torch.int32, device=self.device),
-            torch.empty((sizes.num_seqs, width), dtype=torch.int32, device=self.device),
+        context_lens = torch.empty(num_seqs, dtype=torch.int32, device=self.device)
+        return StepInputs(
+            tuple(
+                PreparedInputs(
+                    token_ids,
+                    positions,
+                    own_slots,
+                    context_lens,
+                    torch.empty((num_seqs, width), dtype=torch.int32, device=self.device),
+                )
+                for own_slots in slots
+            )
         )
 
     def run_model(
         self,
         shares: StepShares,
         draws: Draws,
-        inputs: PreparedInputs,
+        inputs: StepInputs,
         bounds: StepBounds,
         *,
         images: StepImages | None = None,
     ) -> Tensor:
         """One pass over the step's tokens -> the hidden states of `draws.index`, in its order."""
-        self._prepare(
-            shares,
-            self._rows,
-            inputs,
-            block_size=self._block_size,
-            padding_slot=self._padding_slot,
-        )
-        attention = AttentionBatch(
-            query_starts=shares.query_starts,
-            context_lens=inputs.context_lens,
-            block_tables=inputs.block_tables,
-            max_query_len=bounds.max_query_len,
-            max_context_len=bounds.max_context_len,
-        )
+        attentions = []
+        for rows, own in zip(self._rows, inputs.groups, strict=True):
+            self._prepare(
+                shares,
+                rows,
+                own,
+                block_size=self._block_size,
+                padding_slot=self._padding_slot,
+            )
+            attention = AttentionBatch(
+                query_starts=shares.query_starts,
+                context_lens=own.context_lens,
+                block_tables=own.block_tables,
+                max_query_len=bounds.max_query_len,
+                max_context_len=bounds.max_context_len,
+            )
+            attentions.append((own.slots, attention))
+        (slots, attention), *others = attentions
+        first = inputs.groups[0]
         draws_from_all = bounds.max_query_len == 1 and len(draws.rows) == len(draws.index) == len(
-            inputs.token_ids
+            first.token_ids
         )
         context = StepContext(
-            inputs.positions,
-            inputs.slots,
+            first.positions,
+            slots,
             attention,
             self._kv_caches,
             wanted=None if draws_from_all else draws.index,
             images=images,
+            other_groups=tuple(others),
         )
-        hidden: Tensor = self._model(inputs.token_ids, context)
+        hidden: Tensor = self._model(first.token_ids, context)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -111,11 +148,18 @@ class Stages:
         return self._model.logits(hidden)
 
     def draw(self, logits: Tensor, draws: Draws, *, truncates: bool) -> Tensor:
-        """Draw from logits [S, vocab_size] -> ids [S] int64, NOT_FINITE where there is none.
+        """Draw from logits [S, vocab_size] -> ids [S] int64, negative where there is none.
 
-        Each row's last id on the device becomes the one drawn.
+        Each row's last id on the device becomes the one drawn. What is there instead of an id is
+        NOT_FINITE or NO_SUCH_ID.
         """
         options = draws.truncating if truncates else draws.plain
         token_ids, is_finite = self._draw(logits, options)
-        self._record(token_ids, is_finite, draws.rows, self._rows.last_token_ids)
+        self._record(
+            token_ids,
+            is_finite,
+            draws.rows,
+            self._rows[0].last_token_ids,
+            vocab_size=logits.shape[1],
+        )
         return token_ids

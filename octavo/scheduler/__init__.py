@@ -7,7 +7,7 @@ from octavo.scheduler.constraints import Blocks, Constraint, SequenceSlots, Toke
 from octavo.scheduler.decisions import DecisionLog, Phase, Story
 from octavo.scheduler.preemption import PREEMPTION_MODES, Preemption, TransferSpeed
 from octavo.scheduler.queues import POLICIES, QueuePolicy, create_queue
-from octavo.scheduler.scheduler import Scheduler
+from octavo.scheduler.scheduler import Scheduler, adapters_in_use
 
 __all__ = [
     "BATCHINGS",
@@ -28,6 +28,7 @@ __all__ = [
     "Story",
     "TokenBudget",
     "TransferSpeed",
+    "adapters_in_use",
     "create_batching",
     "create_queue",
     "create_scheduler",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from octavo.core import Clock, Grammars, SystemClock
 from octavo.kvcache import Allocator
+from octavo.scheduler.adapters import AdapterSlots
 from octavo.scheduler.admission import PrefillSpeed, QueueBounds
 from octavo.scheduler.batching import create_batching
 from octavo.scheduler.constraints import (
@@ -31,6 +32,7 @@ class SchedulerSettings:
         at least `max_model_len`.
     copy_block_s: seconds that moving a KV block to or from the host takes, where that is known.
     num_cached_image_tokens, max_num_encoder_tokens: bounds of images; none are seen with 0.
+    max_loras: adapters that one step may hold; none are served with 0.
     max_num_queued_reqs, max_num_queued_tokens, target_ttft_ms: bounds of the queue; None is none.
     """
 
@@ -44,6 +46,7 @@ class SchedulerSettings:
     copy_block_s: float | None = None
     num_cached_image_tokens: int = 0
     max_num_encoder_tokens: int = 0
+    max_loras: int = 0
     max_num_queued_reqs: int | None = None
     max_num_queued_tokens: int | None = None
     target_ttft_ms: int | None = None
@@ -68,6 +71,7 @@ def create_scheduler(
             TokenBudget(settings.max_num_batched_tokens),
             SequenceSlots(settings.max_num_seqs),
             *([] if grammars is None else [GrammarReadiness(grammars)]),
+            *([AdapterSlots(settings.max_loras)] if settings.max_loras else []),
             *([WholePrompt()] if settings.whole_prompts else []),
             *_image_budget(settings),
             Blocks(allocator),

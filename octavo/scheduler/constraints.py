@@ -6,6 +6,7 @@ nothing else. The name of the constraint that gave the smallest answer is the re
 waits.
 """
 
+from abc import abstractmethod
 from collections.abc import Sequence as SequenceOf
 from typing import Protocol
 
@@ -14,36 +15,39 @@ from octavo.kvcache import Allocator
 
 
 class Constraint(Protocol):
-    """One limit on a step."""
+    """One limit on a step: a subclass states its name, what it allows, and what it keeps count of.
+
+    What a subclass leaves out is answered here: it counts nothing, and pushes nobody out.
+    """
 
     name: str
-    preempts: bool  # a running sequence bound by this limit may push a younger one out
-    binds_running: bool  # False: only those are asked about and noted that are to be admitted
-    stands_aside: bool  # a waiting sequence bound by this lets those behind it pass
+    preempts: bool = False  # a running sequence bound by this limit may push a younger one out
+    binds_running: bool = True  # False: asked, and told what runs, at admission only
+    stands_aside: bool = False  # a waiting sequence bound by this lets those behind it pass
 
     def begin_step(self, running: SequenceOf[Sequence]) -> None:
         """Forget what the last step used; these run as this one begins."""
-        ...
+        return
 
+    @abstractmethod
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
         """How many of these `num_tokens` may run now? 0 means: not in this step."""
-        ...
 
     def take(self, sequence: Sequence, num_tokens: int) -> None:
         """The sequence runs this many tokens in this step. A waiting one is thereby admitted."""
-        ...
+        return
 
     def release(self, sequence: Sequence) -> None:
         """A running sequence that was given nothing yet in this step was pushed out."""
-        ...
+        return
 
     def ran_out(self, num_tokens: int) -> None:
         """A step of so many tokens found no memory to compute in."""
-        ...
+        return
 
+    @abstractmethod
     def explain(self, sequence: Sequence) -> str:
         """The numbers behind a refusal, in a few words. Only asked for when they are news."""
-        ...
 
 
 def next_end(running: SequenceOf[Sequence]) -> str:
@@ -52,7 +56,7 @@ def next_end(running: SequenceOf[Sequence]) -> str:
     return f"next free in at most {steps} steps" if steps else "nobody runs"
 
 
-class TokenBudget:
+class TokenBudget(Constraint):
     """At most so many tokens go through the model in one step (chunked prefill, arXiv 2403.02310).
 
     It bounds the time between two tokens of every running request, and the size of activations:
@@ -60,9 +64,6 @@ class TokenBudget:
     """
 
     name = "tokens"
-    preempts = False
-    binds_running = True
-    stands_aside = False
 
     def __init__(self, max_num_batched_tokens: int):
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -79,9 +80,6 @@ class TokenBudget:
     def take(self, sequence: Sequence, num_tokens: int) -> None:
         self._num_left -= num_tokens
 
-    def release(self, sequence: Sequence) -> None:
-        pass
-
     def ran_out(self, num_tokens: int) -> None:
         self._next_limit = max(1, num_tokens // 2)
 
@@ -89,43 +87,26 @@ class TokenBudget:
         return f"a step computes at most {self._limit} tokens"
 
 
-class WholePrompt:
+class WholePrompt(Constraint):
     """A prompt runs whole or not at all, for its tokens see each other and nothing of it is kept.
 
     Behind the limits that may cut it: it takes what they left.
     """
 
     name = "whole prompt"
-    preempts = False
-    binds_running = True
-    stands_aside = False
-
-    def begin_step(self, running: SequenceOf[Sequence]) -> None:
-        pass
 
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
         return num_tokens if num_tokens == sequence.num_uncomputed_tokens else 0
-
-    def take(self, sequence: Sequence, num_tokens: int) -> None:
-        pass
-
-    def release(self, sequence: Sequence) -> None:
-        pass
-
-    def ran_out(self, num_tokens: int) -> None:
-        pass
 
     def explain(self, sequence: Sequence) -> str:
         return f"a step had no room for all {sequence.num_uncomputed_tokens} tokens"
 
 
-class SequenceSlots:
+class SequenceSlots(Constraint):
     """At most so many sequences run at once: rows of the runner's persistent state."""
 
     name = "sequences"
-    preempts = False
     binds_running = False
-    stands_aside = False
 
     def __init__(self, max_num_seqs: int):
         self.max_num_seqs = max_num_seqs
@@ -145,45 +126,29 @@ class SequenceSlots:
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
 
-    def ran_out(self, num_tokens: int) -> None:
-        pass
-
     def explain(self, sequence: Sequence) -> str:
         return f"all {self.max_num_seqs} places are taken; {next_end(self._running)}"
 
 
-class GrammarReadiness:
+class GrammarReadiness(Constraint):
     """The grammar of an answer's shape must have been compiled, which other threads do."""
 
     name = "grammar"
-    preempts = False
     binds_running = False
     stands_aside = True
 
     def __init__(self, grammars: Grammars):
         self._grammars = grammars
 
-    def begin_step(self, running: SequenceOf[Sequence]) -> None:
-        pass
-
     def allow(self, sequence: Sequence, num_tokens: int) -> int:
         shape = sequence.request.sampling.structured_outputs
         return num_tokens if shape is None or self._grammars.is_ready(shape) else 0
-
-    def take(self, sequence: Sequence, num_tokens: int) -> None:
-        pass
-
-    def release(self, sequence: Sequence) -> None:
-        pass
-
-    def ran_out(self, num_tokens: int) -> None:
-        pass
 
     def explain(self, sequence: Sequence) -> str:
         return "the grammar of its answer's shape is being compiled"
 
 
-class Blocks:
+class Blocks(Constraint):
     """The KV pool must hold all tokens that a sequence knows, or none of it runs.
 
     All or nothing: half a prompt in the pool helps nobody and starves the rest. A sequence that is
@@ -193,8 +158,6 @@ class Blocks:
 
     name = "blocks"
     preempts = True
-    binds_running = True
-    stands_aside = False
 
     def __init__(self, allocator: Allocator):
         self._allocator = allocator
@@ -220,19 +183,16 @@ class Blocks:
     def release(self, sequence: Sequence) -> None:
         self._num_running -= 1
 
-    def ran_out(self, num_tokens: int) -> None:
-        pass
-
     def explain(self, sequence: Sequence) -> str:
         needed = self._allocator.num_missing_blocks(sequence, sequence.num_tokens)
-        free = self._allocator.num_free_blocks
+        free, kept = self._allocator.num_free_blocks, self._num_running * self._allocator.grows
         return (
-            f"needed {needed}, free {free}, {self._num_running} kept for running requests; "
+            f"needed {needed}, free {free}, {kept} kept for running requests; "
             f"{next_end(self._running)}"
         )
 
     def _fits(self, sequence: Sequence, num_tokens: int) -> bool:
         missing = self._allocator.num_missing_blocks(sequence, num_tokens)
         is_new = sequence.status is WAITING
-        reserve = self._num_running if is_new and self._allocator.grows else 0
+        reserve = self._num_running * self._allocator.grows if is_new else 0
         return missing + reserve <= self._allocator.num_free_blocks

@@ -40,8 +40,8 @@ class ImageCache:
         for image in images:
             if image.num_tokens > self.max_num_tokens:
                 raise CapacityError(
-                    f"an image of {image.num_tokens} tokens is larger than the memory for images, "
-                    f"which holds {self.max_num_tokens} tokens: send a smaller one, or raise "
+                    f"an image or a video of {image.num_tokens} tokens is larger than the memory "
+                    f"for images, which holds {self.max_num_tokens}: send a smaller one, or raise "
                     "encoder_cache_memory_bytes",
                     param="messages",
                 )
@@ -100,17 +100,14 @@ class ImageCache:
         self._pictures.pop(key, None)
 
 
-class ImageBudget:
+class ImageBudget(Constraint):
     """No token of an image runs before its rows are there, and a step makes only so many of them.
 
     An image of more than the budget is encoded in a step of its own. Tokens before an image that
-    must wait run now.
+    must wait run now. What a sequence began stays when it is pushed out: the next step pins anew.
     """
 
     name = "images"
-    preempts = False
-    binds_running = True
-    stands_aside = False
 
     def __init__(self, cache: ImageCache, max_num_encoder_tokens: int):
         self.cache = cache
@@ -155,12 +152,6 @@ class ImageBudget:
             self._num_encoded += image.num_tokens
             self.cache.keep(image, sequence.pictures[key], pinned=self._pinned)
             self._pinned.add(key)
-
-    def release(self, sequence: Sequence) -> None:
-        pass  # what it began stays until the next step, which pins anew
-
-    def ran_out(self, num_tokens: int) -> None:
-        pass
 
     def explain(self, sequence: Sequence) -> str:
         return (

@@ -38,6 +38,7 @@ from octavo.core import (
 )
 from octavo.errors import IntegrityError, RequestError
 from octavo.kvcache import Allocator
+from octavo.scheduler.adapters import adapter_of, adapters_of
 from octavo.scheduler.admission import PrefillSpeed, QueueBounds, check_capacity
 from octavo.scheduler.batching import Batching, Chunked
 from octavo.scheduler.constraints import Constraint
@@ -437,6 +438,7 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """Gauges and counters as of now."""
+        adapters, max_loras = adapters_of(self._constraints, self._running, self._waiting)
         return EngineStats(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -450,6 +452,8 @@ class Scheduler:
             num_prefix_hits=self._prefix["hits"],
             num_transfers=dict(self._num_transfers),
             waiting_by_reason=self.decisions.waiting_by_reason(),
+            adapters=adapters,
+            max_loras=max_loras,
         )
 
     def statuses(self) -> list[RequestStatus]:
@@ -482,3 +486,10 @@ class Scheduler:
                 raise IntegrityError(f"{sequence.id} runs but is not in a running state")
         held = [s for flight in self._in_flight for s in flight.to_free]
         self.allocator.check_integrity([*self._sequences.values(), *held])
+
+
+def adapters_in_use(scheduler: Scheduler) -> set[str]:
+    """Those of all live requests and of those in steps that are not over yet, by digest."""
+    in_flight = (s for flight in scheduler._in_flight for s, _ in flight.shares)
+    found = map(adapter_of, itertools.chain(scheduler._sequences.values(), in_flight))
+    return {digest for digest in found if digest is not None}

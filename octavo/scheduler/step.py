@@ -8,6 +8,7 @@ from collections.abc import Sequence as SequenceOf
 
 from octavo.core import RUNNING, WAITING, NewSequence, ScheduledTokens, Sequence
 from octavo.kvcache import Allocator
+from octavo.scheduler.adapters import adapter_of
 from octavo.scheduler.constraints import Constraint
 from octavo.scheduler.decisions import DecisionLog
 from octavo.scheduler.preemption import Preemption
@@ -218,4 +219,5 @@ def _introduce(sequence: Sequence, num_computed_tokens: int) -> NewSequence:
         num_scored_tokens=len(sequence.scores),
         pooling=request.pooling,
         images=sequence.images,
+        adapter=adapter_of(sequence),
     )

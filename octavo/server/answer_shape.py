@@ -51,8 +51,18 @@ def answer_shape(
         found = _of_format(response_format)
     if found is not None and limits.is_too_deep(found.json):
         message = f"a JSON schema may be nested {limits.max_json_depth} levels deep"
-        raise bad_request(message, param="response_format", code="grammar_too_complex")
+        raise bad_request(message, param="structured_outputs", code="grammar_too_complex")
     return found
+
+
+def names_of_shape(response_format: ResponseFormat | None, *, forced: bool) -> dict[str, str]:
+    """What a request calls the shape of its answer, see `errors.name_fields`.
+
+    forced: it is the shape of a call, which the request's tools make.
+    """
+    if forced:
+        return {"structured_outputs": "tools"}
+    return {} if response_format is None else {"structured_outputs": "response_format"}
 
 
 def _of_format(response_format: ResponseFormat) -> StructuredOutputsParams:

@@ -25,6 +25,7 @@ from octavo.server.keys import KeyRing, Scope
 from octavo.server.limits import Limits
 from octavo.server.metrics import ServerMetrics
 from octavo.server.middleware import Books, Gate, Watched, Watcher, guard
+from octavo.server.routes_adapters import AdapterRoutes
 from octavo.server.routes_embeddings import EmbeddingRoutes
 from octavo.server.routes_kserve import KServeRoutes
 from octavo.server.routes_openai import OpenAIRoutes
@@ -108,6 +109,7 @@ def route_table(state: ServerState) -> dict[str, list[Route]]:
         "Tokens": TokenizeRoutes(state).routes(),
         "Text Generation Inference": TGIRoutes(state).routes(),
         "KServe and Triton": KServeRoutes(state).routes(),
+        "Adapters": AdapterRoutes(state).routes(),
         "Operations": [*OpsRoutes(state).routes(), *SleepRoutes(state).routes()],
     }
     # The pages show the whole table, themselves included: they read it when they are asked.

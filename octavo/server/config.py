@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from octavo.core import POOLING_TYPES, PoolingType
 from octavo.engine.logs import LOG_FORMATS
 from octavo.errors import ConfigError
+from octavo.vision.prompts import MAX_VIDEO_FRAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,20 @@ class ServerConfig:
     allowed_media_domains: tuple[str, ...] = field(
         default=(),
         metadata={
-            "help": "hosts that images are fetched from, as host or host:port; nothing is fetched "
-            "where none is named, and never from an address inside a network that is not named "
-            "itself"
+            "help": "hosts that images and videos are fetched from, as host or host:port; nothing "
+            "is fetched where none is named, and never from an address inside a network that is "
+            "not named itself"
+        },
+    )
+    media_timeout_s: float = field(
+        default=10.0,
+        metadata={"help": "seconds that all images and videos of a request have to be fetched"},
+    )
+    max_video_frames: int = field(
+        default=MAX_VIDEO_FRAMES,
+        metadata={
+            "help": "frames of one video that a model looks at; longer videos are sampled more "
+            "thinly, lists of more frames refused"
         },
     )
     max_prompts: int = field(
@@ -168,6 +180,10 @@ class ServerConfig:
                     f"allowed_media_domains takes hosts in lower case, such as images.example.com "
                     f"or 127.0.0.1:9000, got {host!r}"
                 )
+        if not self.media_timeout_s > 0:
+            raise ConfigError(f"media_timeout_s must be above 0, got {self.media_timeout_s}")
+        if self.max_video_frames < 1:
+            raise ConfigError(f"max_video_frames must be at least 1, got {self.max_video_frames}")
         if "" in self.served_model_name:
             raise ConfigError("served_model_name must not be empty")
         if self.watchdog_action not in ("exit", "log"):

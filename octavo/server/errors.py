@@ -14,7 +14,8 @@ Only the texts of `RequestError` and of this package reach clients: others may h
 
 import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import orjson
 from starlette.exceptions import HTTPException
@@ -158,7 +159,22 @@ def log_failure(error: Exception, request_id: str) -> None:
         logger.error("request %s failed", request_id, exc_info=error)
 
 
+def name_fields(request: Request, names: Mapping[str, str]) -> None:
+    """Let what is refused from now on name fields as the client did; `names` are by core's own."""
+    request.scope["octavo.field_names"] = names
+
+
 async def handle_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for all that is raised before a response has started."""
     log_failure(error, request.scope["octavo.request_id"])
-    return reply_to(error).response()
+    names: Mapping[str, str] = request.scope.get("octavo.field_names", {})
+    return _renamed(reply_to(error), names).response()
+
+
+def _renamed(reply: ErrorReply, names: Mapping[str, str]) -> ErrorReply:
+    if reply.param is None or reply.param not in names:
+        return reply
+    param, message = names[reply.param], reply.message
+    if message.startswith(reply.param):
+        message = param + message.removeprefix(reply.param)
+    return replace(reply, message=message, param=param)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from octavo.errors import InvalidImageError
+from octavo.vision.data_urls import NOT_ALLOWED
 
 MAX_URL_CHARS = 2048
 PIECE_BYTES = 64 * 2**10
@@ -72,7 +73,7 @@ class Fetcher:
             raise self._too_slow() from error
         except (OSError, http.client.HTTPException, ValueError) as error:
             self._left(deadline_s)
-            raise InvalidImageError("the image's address does not answer as it should") from error
+            raise InvalidImageError("the file's address does not answer as it should") from error
 
     def check(self, url: str) -> None:
         """Refuse a URL that would not be asked for. Raises as `fetch` does."""
@@ -85,26 +86,24 @@ class Fetcher:
             if isinstance(found, bytes):
                 return found
             url = urljoin(url, found)
-        raise InvalidImageError(
-            f"the image's address leads on more than {self.max_redirects} times"
-        )
+        raise InvalidImageError(f"the file's address leads on more than {self.max_redirects} times")
 
     def _checked(self, url: str) -> tuple[SplitResult, int]:
         """The parts of a URL whose host is on the list, and its port."""
         if len(url) > MAX_URL_CHARS or not url.isascii() or not url.isprintable():
-            raise InvalidImageError("the image's address is no plain URL of http or https")
+            raise _not_allowed("the file's address is no plain URL of http or https")
         try:
             parts = urlsplit(url)
             port = parts.port or PORTS.get(parts.scheme, 0)
         except ValueError as error:
-            raise InvalidImageError("the image's address is no URL") from error
+            raise _not_allowed("the file's address is no URL") from error
         if parts.scheme not in PORTS or not parts.hostname or parts.username is not None:
-            raise InvalidImageError("the image's address is no plain URL of http or https")
+            raise _not_allowed("the file's address is no plain URL of http or https")
         host = parts.hostname
         name = host if port == PORTS[parts.scheme] else f"{host}:{port}"
         if name not in self.allowed:
-            raise InvalidImageError(
-                f"images are not fetched from {name[:200]}: send a data URL, or have the operator "
+            raise _not_allowed(
+                f"files are not fetched from {name[:200]}: send a data URL, or have the operator "
                 "add it to --allowed-media-domains"
             )
         return parts, port
@@ -117,9 +116,9 @@ class Fetcher:
             addresses = self.resolve(host, port)
         for address in addresses:
             if not ipaddress.ip_address(address.partition("%")[0]).is_global:
-                raise InvalidImageError("the image's host leads to an address inside of a network")
+                raise _not_allowed("the file's host leads to an address inside of a network")
         if not addresses:
-            raise InvalidImageError("the image's host has no address")
+            raise InvalidImageError("the file's host has no address")
         return addresses[0]
 
     def _get(self, parts: SplitResult, port: int, deadline_s: float) -> bytes | str:
@@ -139,7 +138,7 @@ class Fetcher:
             if isinstance(opened, ssl.SSLSocket):
                 opened.do_handshake()
             target = f"{parts.path or '/'}{'?' + parts.query if parts.query else ''}"
-            connection.request("GET", target, headers={"Accept": "image/*"})
+            connection.request("GET", target, headers={"Accept": "image/*, video/*"})
             with contextlib.closing(connection.getresponse()) as response:
                 found = self._body(response)
         self._left(deadline_s)  # what was cut off looks like an end
@@ -149,13 +148,13 @@ class Fetcher:
         if response.status in REDIRECTS and (place := response.getheader("Location")):
             return place
         if response.status != http.client.OK:
-            raise InvalidImageError(f"the image's address answers with status {response.status}")
+            raise InvalidImageError(f"the file's address answers with status {response.status}")
         data = bytearray()
         while True:
             piece = response.read1(PIECE_BYTES)
             data += piece
             if len(data) > self.max_bytes:
-                raise InvalidImageError(f"the image has more than {self.max_bytes} bytes")
+                raise InvalidImageError(f"the file has more than {self.max_bytes} bytes")
             if not piece:
                 return bytes(data)
 
@@ -166,8 +165,12 @@ class Fetcher:
         return left_s
 
     def _too_slow(self) -> InvalidImageError:
-        message = f"the image did not come within {self.timeout_s:g} s"
+        message = f"the file did not come within {self.timeout_s:g} s"
         return InvalidImageError(message, code="media_timeout")
+
+
+def _not_allowed(message: str) -> InvalidImageError:
+    return InvalidImageError(message, code=NOT_ALLOWED)
 
 
 @contextmanager

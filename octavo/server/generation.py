@@ -76,11 +76,12 @@ def generate(
     """The response to a request; the engine hears of it when the response is sent."""
     key, max_model_len = key_of(request), state.engine.model.max_model_len
     prompts = shape.options.prompts
+    options = msgspec.structs.replace(options, adapter=state.adapter_of(shape.options.model))
     _name(shape, request)
     answers = Answers(
         state.engine,
         prompts,
-        Task(sampling, _of_tenant(options, key), pooling),
+        Task(sampling, _of_key(options, key), pooling),
         response_id=shape.id,
         metrics=state.metrics,
         arrival_s=time.monotonic() if arrival_s is None else arrival_s,
@@ -108,13 +109,18 @@ def _most_tokens(num_prompt_tokens: int, sampling: SamplingParams, max_model_len
     return num_prompt_tokens + sampling.num_sequences * max_tokens
 
 
-def _of_tenant(options: RequestOptions, key: ApiKey | None) -> RequestOptions:
-    """The client's options; of a tenant's key, for that tenant, whose prefixes nobody shares."""
-    if key is None or key.entry.tenant is None:
+def _of_key(options: RequestOptions, key: ApiKey | None) -> RequestOptions:
+    """The client's options, for the key's tenant if it has one; nobody else finds their prefixes.
+
+    A key without a tenant shares prefixes with no other key.
+    """
+    if key is None:
         return options
-    tenant = key.entry.tenant
-    if options.tenant not in ("", tenant):
-        message = "this key is another tenant's"
-        raise HttpError(ErrorReply(403, message, "permission_error", "tenant", "wrong_tenant"))
-    salt = sha256(f"{tenant}/{options.cache_salt or ''}".encode()).hexdigest()
-    return msgspec.structs.replace(options, tenant=tenant, cache_salt=salt)
+    tenant, sharers = key.entry.tenant, f"key {key.entry.name}"  # no tenant's name has a space
+    if tenant is not None:
+        if options.tenant not in ("", tenant):
+            message = "this key is another tenant's"
+            raise HttpError(ErrorReply(403, message, "permission_error", "tenant", "wrong_tenant"))
+        options, sharers = msgspec.structs.replace(options, tenant=tenant), tenant
+    salt = sha256(f"{sharers}/{options.cache_salt or ''}".encode()).hexdigest()
+    return msgspec.structs.replace(options, cache_salt=salt)

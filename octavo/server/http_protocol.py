@@ -57,7 +57,13 @@ class TimedHttpProtocol(H11Protocol):
             self._stop_read_timer()
 
     def send_400_response(self, msg: str) -> None:
-        """Tell who speaks no HTTP, unless the answer has been given already, and hang up."""
+        """Tell who speaks no HTTP, unless the answer has been given already, and hang up.
+
+        A request that was under way has lost its client: what is still answered goes nowhere.
+        """
+        if not self._awaits_headers():
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:

@@ -45,7 +45,8 @@ ALL_SCOPES = (Scope.INFERENCE, Scope.METRICS, Scope.ADMIN)
 class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One key in the file, `[[keys]]`.
 
-    tenant: whose share of the engine its requests use; also keeps its prefix cache apart.
+    tenant: whose share of the engine its requests use, and whose cached prefixes they find. Without
+        one, a key finds only prefixes of its own.
     requests_per_minute, tokens_per_minute: how much at once, and how fast it comes back.
     max_tokens: of prompts and answers together, in all.
     """

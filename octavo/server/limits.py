@@ -38,8 +38,9 @@ class Limits:
     max_template_kwargs_bytes: int = 64 * 2**10  # as JSON
     max_images: int = 16  # in one conversation
     max_image_pixels: int = 2**26  # of all of them together: 192 MiB decoded
+    max_videos: int = 2  # in one conversation
     allowed_media_domains: tuple[str, ...] = ()  # hosts that images are fetched from
-    media_timeout_s: float = 10.0  # for all images of a request to be fetched
+    media_timeout_s: float = 10.0  # for all images and videos of a request to be fetched
     max_json_depth: int = 32  # of schemas of tools, arguments of calls, chat_template_kwargs
 
     @classmethod
@@ -52,6 +53,7 @@ class Limits:
             max_prompts=config.max_prompts,
             max_stored_responses=config.max_stored_responses,
             allowed_media_domains=config.allowed_media_domains,
+            media_timeout_s=config.media_timeout_s,
         )
 
     def max_prompt_chars(self, max_model_len: int) -> int:

@@ -5,6 +5,7 @@ seen from here, so they include tokenizing and the way between the processes; wh
 waited and computed is told by the engine. Names, types and labels are frozen by `docs/metrics.md`.
 """
 
+import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client import (
@@ -22,6 +23,7 @@ from octavo import __version__
 from octavo.core import EngineStats, FinishReason, SleepReport
 from octavo.engine import ServingEngine
 from octavo.errors import EngineDeadError
+from octavo.server.experts import ExpertLoad
 from octavo.server.watchdog import State
 
 PREFIX = "octavo_"
@@ -39,6 +41,8 @@ class ServerMetrics:
     def __init__(self, engine: ServingEngine):
         registry = _Registry()
         registry.register(_EngineMetrics(engine))
+        self._experts = ExpertLoad(engine, prefix=PREFIX)
+        registry.register(self._experts)
         ProcessCollector(registry=registry)
         build = Info(PREFIX + "build", "What runs here; always 1", registry=registry)
         build.info({"version": __version__})
@@ -89,6 +93,10 @@ class ServerMetrics:
         """Export what this one tells, too; asked at every scrape."""
         self._registry.register(collector)
 
+    async def refresh(self) -> None:
+        """Ask for what does not come with the engine's news."""
+        await self._experts.refresh()
+
     def exposition(self) -> bytes:
         """The text that Prometheus reads."""
         return generate_latest(self._registry)
@@ -125,6 +133,8 @@ class _EngineMetrics(Collector):
         yield from _gauges(stats)
         yield from _sleep(self._engine.rest.report)
         yield from _counters(stats)
+        if stats.max_loras:
+            yield from _adapters(stats)
 
 
 class _StateMetric(Collector):
@@ -186,6 +196,30 @@ def _sleep(report: SleepReport | None) -> Iterator[Metric]:
     given_up.add_metric(["kv_cache"], report.kv_cache_bytes)
     given_up.add_metric(["weights"], report.weight_bytes)
     yield given_up
+
+
+def _adapters(stats: EngineStats) -> Iterator[Metric]:
+    """Where adapters are served: requests by adapter, and the same as vLLM tells it."""
+    requests = GaugeMetricFamily(
+        PREFIX + "lora_requests",
+        "Requests that name an adapter, by adapter and state",
+        labels=["lora_name", "state"],
+    )
+    for name, counts in stats.adapters.items():
+        for state, count in zip(("running", "waiting"), counts, strict=True):
+            requests.add_metric([name, state], count)
+    yield requests
+    running, waiting = (
+        ",".join(name for name, counts in stats.adapters.items() if counts[place])
+        for place in (0, 1)
+    )
+    info = GaugeMetricFamily(
+        PREFIX + "lora_requests_info",
+        "Adapters with requests, and how many a step may hold; the value is the time in seconds",
+        labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+    )
+    info.add_metric([str(stats.max_loras), running, waiting], time.time())
+    yield info
 
 
 def _counters(stats: EngineStats) -> Iterator[Metric]:

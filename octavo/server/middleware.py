@@ -27,6 +27,8 @@ Watcher = Callable[[Scope, Answers], AbstractContextManager[None]]
 
 access_log = logging.getLogger("octavo.server.access")
 
+_DRAINING = unavailable("the server is shutting down", "draining", retry_after_s=5.0)
+
 _REQUEST_ID_ALPHABET = frozenset(string.ascii_letters + string.digits + "-_.:")
 
 
@@ -122,7 +124,7 @@ def _request_id(offered: str | None) -> str:
 
 
 class Gate:
-    """Refuses what has too many headers, no key, or comes while the server drains.
+    """Refuses what has too many headers or no key.
 
     Denies by default: a request is open only if its method and path are, to the letter, those of a
     `public` route. The path is the one that the router matches, never one rebuilt from the Host
@@ -158,8 +160,6 @@ class Gate:
             return ErrorReply(
                 401, message, "authentication_error", None, "invalid_api_key", headers
             )
-        if self._state.draining and scope["method"] == "POST":
-            return unavailable("the server is shutting down", "draining", retry_after_s=5.0)
         return None
 
     def _take_key(self, scope: Scope) -> bool:
@@ -176,13 +176,16 @@ class Gate:
 def guard(route: Route, state: ServerState) -> Handler:
     """The route's handler behind a check of what the request's key is good for, and how often.
 
-    While the engine's queue is full, what would wait in it is refused here, before its body is read
-    or a text of it tokenized: overload costs those least who are being answered.
+    Nothing is begun while the server drains. While the engine's queue is full, what would wait in
+    it is refused here, before its body is read or a text of it tokenized: overload costs those
+    least who are being answered.
     """
     scope = route.scope
     waits = scope is KeyScope.INFERENCE and route.method == "POST" and route.queues
 
     async def guarded(request: Request) -> Response:
+        if state.draining and request.method == "POST":
+            return _DRAINING.response()
         key = key_of(request)
         if key is not None and scope is not KeyScope.PUBLIC and scope not in key.scopes:
             message = f"this key is not for {scope} routes"

@@ -18,6 +18,7 @@ from octavo.core import PoolingParams, RequestOptions, SamplingParams
 from octavo.server.keys import Scope
 from octavo.server.protocol import ChatRequest, CompletionRequest, SamplingFields
 from octavo.server.responses_protocol import ResponsesRequest
+from octavo.server.routes_adapters import LoadAdapterRequest, UnloadAdapterRequest
 from octavo.server.routes_embeddings import EmbeddingRequest
 from octavo.server.routes_kserve import GenerateRequest as KServeRequest
 from octavo.server.routes_kserve import InferRequest
@@ -45,6 +46,8 @@ EXAMPLES: dict[type[msgspec.Struct], Mapping[str, object]] = {
     TokenizeRequest: {"prompt": "The capital of France is"},
     DetokenizeRequest: {"tokens": [72, 101, 108, 108, 111]},
     TGIRequest: {"inputs": "The capital of France is", "parameters": {"max_new_tokens": 16}},
+    LoadAdapterRequest: {"lora_name": "sql", "lora_path": "sql"},
+    UnloadAdapterRequest: {"lora_name": "sql"},
     KServeRequest: {"text_input": "The capital of France is", "parameters": {"max_tokens": 16}},
     InferRequest: {
         "inputs": [

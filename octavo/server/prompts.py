@@ -17,7 +17,7 @@ from octavo.core import NO_IMAGES, SeenImages
 from octavo.engine import ServedModel
 from octavo.errors import ContextLengthError
 from octavo.server.errors import bad_request
-from octavo.server.images import SentImages
+from octavo.server.images import DECODING, KINDS, SentImages
 from octavo.server.limits import Limits
 from octavo.server.protocol import Message, PromptField, ToolCall
 from octavo.text.content_parts import shows_plain_text
@@ -188,12 +188,12 @@ class PromptReader:
             )
             if reader is None or not sent:
                 return Prompt(token_ids)
-            token_ids, images = reader.lay_out(token_ids, sent.read())
+            token_ids, images = reader.lay_out(token_ids, *sent.read())
             return Prompt(token_ids, images=images)
 
         if sent:
             await sent.fetch()
-            return await asyncio.to_thread(build)
+            return await asyncio.get_running_loop().run_in_executor(DECODING, build)
         return await self._run(build, num_chars=num_chars)
 
     def _check_chars(self, num_chars: int, param: str) -> None:
@@ -288,12 +288,12 @@ def _content(message: Message, where: str, sent: SentImages) -> str | list[dict[
     num_sent = len(sent)
     for i, part in enumerate(message.content or ()):
         param = f"{where}.content[{i}]"
-        if part.type == "image_url":
+        if part.type in KINDS:
             parts.append(sent.add(part, param))
             continue
         if part.type != "text":
             raise bad_request(
-                f"{param}: only parts of type text and image_url are supported",
+                f"{param}: only parts of type text, {' and '.join(KINDS)} are supported",
                 param=f"{param}.type",
                 code="unsupported_parameter",
             )

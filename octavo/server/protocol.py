@@ -88,11 +88,17 @@ class CompletionRequest(SamplingFields, kw_only=True):
 
 
 class ContentPart(msgspec.Struct):
-    """A piece of a message: text, or an image by its URL, in OpenAI's object or by itself."""
+    """A piece of a message: text, or an image or video by its URL, in an object or by itself.
+
+    `fps` stands beside a video: the frames of a second that are looked at, or, of a list of frames,
+    that there are.
+    """
 
     type: str
     text: str | None = None
     image_url: dict[str, Any] | str | None = None
+    video_url: dict[str, Any] | str | None = None
+    fps: float | None = None
 
 
 class CalledFunction(msgspec.Struct):

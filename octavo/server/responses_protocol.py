@@ -357,7 +357,6 @@ _NAMES = (
     ("max_tokens", "max_output_tokens"),
     ("max_completion_tokens", "max_output_tokens"),
     ("response_format", "text.format"),
-    ("structured_outputs", "text.format"),
 )
 
 

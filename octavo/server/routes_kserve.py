@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core import RequestOptions, SamplingParams
+from octavo.server.answer_shape import names_of_shape
 from octavo.server.body import decode, read_json
-from octavo.server.errors import bad_request
+from octavo.server.errors import bad_request, name_fields
 from octavo.server.generation import generate, shape_options
 from octavo.server.keys import Scope
 from octavo.server.kserve_shape import MODEL_VERSION, TEXT_OUTPUT, KServeShape
@@ -168,6 +169,7 @@ class KServeRoutes:
     ) -> Response:
         state = self._state
         name = state.check_model(request.path_params["model"])
+        name_fields(request, names_of_shape(options.get("response_format"), forced=False))
         sampling = _sampling(options, state)
         reader = PromptReader(state.engine.model, state.limits)
         prompts = await reader.completion(list(texts), add_special_tokens=True)

@@ -4,8 +4,7 @@ Each handler reads as the list of its steps; the steps are in the other modules.
 """
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TypeVar
@@ -14,10 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from octavo.core import RequestOptions, SamplingParams, check_prompt
-from octavo.errors import RequestError
+from octavo.server.answer_shape import names_of_shape
 from octavo.server.body import read_json
 from octavo.server.chat_style import ChatStyle
-from octavo.server.errors import bad_request
+from octavo.server.errors import bad_request, name_fields
 from octavo.server.generation import generate, shape_options
 from octavo.server.keys import Scope
 from octavo.server.openai_chat import chat_shape
@@ -34,7 +33,7 @@ from octavo.server.protocol import (
 from octavo.server.replies import json_response
 from octavo.server.response_shape import Shape, ShapeOptions
 from octavo.server.state import EVENTS, JSON, Route, ServerState
-from octavo.server.tools import offered_tools
+from octavo.server.tools import OfferedTools, offered_tools
 
 T = TypeVar("T")
 
@@ -59,23 +58,23 @@ class OpenAIRoutes:
         ]
 
     async def models(self, request: Request) -> Response:
-        """All names of the one model."""
+        """All names of the one model, and those of its adapters."""
         cards = [self._card(name) for name in self._state.model_names]
         return json_response({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
-        """One name of the one model."""
+        """One of these names."""
         return json_response(self._card(self._state.check_model(request.path_params["model"])))
 
     def _card(self, name: str) -> dict[str, object]:
-        model = self._state.engine.model
+        model, adapters = self._state.engine.model, self._state.engine.operations.adapters
         return {
             "id": name,
             "object": "model",
             "created": self._created,
             "owned_by": "octavo",
-            "root": model.name,
-            "parent": None,
+            "root": name if name in adapters else model.name,
+            "parent": model.name if name in adapters else None,
             "max_model_len": model.max_model_len,
         }
 
@@ -85,6 +84,7 @@ class OpenAIRoutes:
         state = self._state
         fields = parse_completion(await read_json(request, state.limits), state.limits)
         name = state.check_model(fields.model)
+        name_fields(request, names_of_shape(fields.response_format, forced=False))
         num_echoed = fields.logprobs if fields.echo else None
         sampling = sampling_params(
             fields,
@@ -122,22 +122,20 @@ class OpenAIRoutes:
         reader = PromptReader(state.engine.model, state.limits)
         tools = offered_tools(fields, state.limits)
         self._chat_style.check_tools(tools)
-        with _chat_names(fields):
-            sampling = _chat_sampling(fields, state)
-            definitions = None if tools is None else tools.definitions
-            prompt = await reader.chat(
-                fields.messages,
-                add_generation_prompt=_or(fields.add_generation_prompt, True),
-                continue_final_message=bool(fields.continue_final_message),
-                template_arguments=arguments_of_template(
-                    fields.chat_template_kwargs, definitions, state.limits
-                ),
-            )
-            sampling = self._chat_style.sampling(sampling, tools, prompt)
-            prompts = truncated(
-                [prompt], fields.truncate_prompt_tokens, room=_room(sampling, state)
-            )
-            options = _shape_options(state, fields, prompts, sampling, model=name)
+        name_fields(request, _chat_names(fields, tools))
+        sampling = _chat_sampling(fields, state)
+        definitions = None if tools is None else tools.definitions
+        prompt = await reader.chat(
+            fields.messages,
+            add_generation_prompt=_or(fields.add_generation_prompt, True),
+            continue_final_message=bool(fields.continue_final_message),
+            template_arguments=arguments_of_template(
+                fields.chat_template_kwargs, definitions, state.limits
+            ),
+        )
+        sampling = self._chat_style.sampling(sampling, tools, prompt)
+        prompts = truncated([prompt], fields.truncate_prompt_tokens, room=_room(sampling, state))
+        options = _shape_options(state, fields, prompts, sampling, model=name)
         shape = chat_shape(
             options, state.logprob_shaper, self._chat_style.parsers(tools, prompts[0])
         )
@@ -221,19 +219,10 @@ def _chat_sampling(fields: ChatRequest, state: ServerState) -> SamplingParams:
     )
 
 
-@contextmanager
-def _chat_names(fields: ChatRequest) -> Iterator[None]:
-    """Let errors name the fields of chat, where the core knows them by other names."""
+def _chat_names(fields: ChatRequest, tools: OfferedTools | None) -> dict[str, str]:
+    """What chat calls fields that the core knows by other names."""
     names = {"logprobs": "top_logprobs", "prompt": "messages"}
     if fields.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
-    try:
-        yield
-    except RequestError as error:
-        if error.param in names:
-            message = str(error)
-            if message.startswith(error.param):
-                message = names[error.param] + message.removeprefix(error.param)
-            error.args = (message,)
-            error.param = names[error.param]
-        raise
+    forced = tools is not None and tools.schema is not None
+    return names | names_of_shape(fields.response_format, forced=forced)

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from octavo.engine import ServingEngine
 from octavo.server.errors import ErrorReply, HttpError, unavailable
+from octavo.server.experts import imbalance
 from octavo.server.keys import Scope
 from octavo.server.replies import json_response
 from octavo.server.routes_sleep import sleep_facts
@@ -59,6 +60,7 @@ class OpsRoutes:
 
     async def metrics(self, request: Request) -> Response:
         """Prometheus text."""
+        await self._state.metrics.refresh()
         exposition = self._state.metrics.exposition()
         return Response(exposition, headers={"content-type": CONTENT_TYPE_LATEST})
 
@@ -102,10 +104,13 @@ class OpsRoutes:
         """How many tokens each expert of each layer got, and how uneven that is."""
         counted = await self._state.engine.operations.expert_tokens()
         if not counted:
-            message = "no experts' tokens are counted: start a mixture with --count-expert-tokens"
+            message = (
+                "no experts' tokens are counted now: start a mixture with --count-expert-tokens, "
+                "and wake the engine if it sleeps"
+            )
             raise HttpError(ErrorReply(404, message, "invalid_request_error", None))
         layers = {
-            name: {"imbalance": max(tokens) * len(tokens) / (sum(tokens) or 1), "tokens": tokens}
+            name: {"imbalance": imbalance(tokens), "tokens": tokens}
             for name, tokens in counted.items()
         }
         return json_response({"layers": layers})

@@ -16,7 +16,7 @@ from octavo.errors import OverloadedError
 from octavo.server.body import read_json
 from octavo.server.chat_parser import ChatParser
 from octavo.server.chat_style import ChatStyle
-from octavo.server.errors import ErrorReply, HttpError, bad_request
+from octavo.server.errors import ErrorReply, HttpError, bad_request, name_fields
 from octavo.server.generation import generate, shape_options
 from octavo.server.keys import Scope
 from octavo.server.prompts import Prompt, PromptReader, arguments_of_template
@@ -70,6 +70,8 @@ class ResponsesRoutes:
             chat = chat_request(fields)
             tools = offered_tools(chat, state.limits)
             self._chat_style.check_tools(tools)
+            forced = tools is not None and tools.schema is not None
+            name_fields(request, {"structured_outputs": "tools" if forced else "text.format"})
             sampling = self._sampling(chat)
             messages = messages_of(items, fields.instructions)
             prompt = await self._prompt(fields, messages, tools=tools, sampling=sampling)

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from octavo.core import RequestOptions, SamplingParams, StructuredOutputsParams
 from octavo.server.body import decode, read_json
-from octavo.server.errors import bad_request
+from octavo.server.errors import bad_request, name_fields
 from octavo.server.generation import generate, shape_options
 from octavo.server.keys import Scope
 from octavo.server.prompts import PromptReader
@@ -62,6 +62,22 @@ class GenerateRequest(msgspec.Struct, kw_only=True):
     stream: bool = False
 
 
+_SAME_IN_SAMPLING = (
+    "repetition_penalty",
+    "frequency_penalty",
+    "top_k",
+    "top_p",
+    "seed",
+    "stop",
+)
+
+# What the core knows by other names.
+_NAMES = {name: f"parameters.{name}" for name in ("temperature", *_SAME_IN_SAMPLING)} | {
+    "max_tokens": "parameters.max_new_tokens",
+    "prompt": "inputs",
+    "structured_outputs": "parameters.grammar",
+}
+
 _REQUEST = msgspec.json.Decoder(GenerateRequest)
 
 
@@ -100,6 +116,7 @@ class TGIRoutes:
         self, request: Request, fields: GenerateRequest, *, stream: bool
     ) -> Response:
         state, parameters = self._state, fields.parameters or Parameters()
+        name_fields(request, _NAMES)
         sampling = _sampling(parameters)
         reader = PromptReader(state.engine.model, state.limits)
         prompts = await reader.completion(fields.inputs, add_special_tokens=True)
@@ -140,7 +157,7 @@ def _sampling(parameters: Parameters) -> SamplingParams:
     )
     given = {
         name: value
-        for name in ("repetition_penalty", "frequency_penalty", "top_k", "top_p", "seed", "stop")
+        for name in _SAME_IN_SAMPLING
         if (value := getattr(parameters, name)) is not None
     }
     temperature = 1.0 if parameters.temperature is None else parameters.temperature

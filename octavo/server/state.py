@@ -9,6 +9,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from octavo.core import Adapter
 from octavo.engine import ServingEngine
 from octavo.errors import UnknownModelError
 from octavo.server.config import ServerConfig
@@ -56,7 +57,19 @@ class ServerState:
     @property
     def model_names(self) -> tuple[str, ...]:
         """The names that clients may use; the first is the model's own."""
+        return (*self.base_names, *self.engine.operations.adapters)
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """Those of the model without an adapter."""
         return (self.engine.model.name, *self.config.served_model_name)
+
+    def adapter_of(self, name: str) -> Adapter | None:
+        """The adapter behind a name that was checked; it may have been unloaded since."""
+        adapter = self.engine.operations.adapters.get(name)
+        if adapter is None and name not in self.base_names:
+            raise UnknownModelError("the adapter was unloaded; see /v1/models", param="model")
+        return adapter
 
     def check_model(self, name: str | None) -> str:
         """The name to answer under: the one asked for, or the model's own where none is."""

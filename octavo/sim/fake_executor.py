@@ -2,7 +2,8 @@
 
 It keeps KV memory, tier by tier, as plain arrays of what was written in each slot. The next token
 is a hash of all (position, token) pairs found through the block table, so a wrong block, a stale
-slot, a copy not made, a skipped or repeated position changes the text from there on.
+slot, a copy not made, a skipped or repeated position changes the text from there on. Where layers
+have windows, each group's table is read as far as its window sees, and all of them must agree.
 """
 
 import hashlib
@@ -92,6 +93,7 @@ class _Row:
 class FakeExecutor:
     """Runs plans on a fake KV memory. Sole writer of its rows and slots.
 
+    windows: of each group of layers; None sees all of a context.
     num_drafts: it guesses so many tokens ahead of each one that it draws; some guesses are wrong.
     """
 
@@ -103,12 +105,16 @@ class FakeExecutor:
         vocab_size: int = 1000,
         num_host_blocks: int = 0,
         num_disk_blocks: int = 0,
+        windows: tuple[int | None, ...] = (None,),
         num_drafts: int = 0,
     ):
         self.block_size = block_size
+        self._windows = windows
         self.vocab_size = vocab_size
         self._num_drafts = num_drafts
-        sizes = {Tier.DEVICE: num_blocks, Tier.HOST: num_host_blocks, Tier.DISK: num_disk_blocks}
+        # One block more than are given out: tables show it where they have none.
+        sizes = {Tier.DEVICE: num_blocks + 1}
+        sizes |= {Tier.HOST: num_host_blocks, Tier.DISK: num_disk_blocks}
         self._tokens = {tier: [_STALE] * (size * block_size) for tier, size in sizes.items()}
         self._positions = {tier: [-1] * (size * block_size) for tier, size in sizes.items()}
         self._slot_tokens = self._tokens[Tier.DEVICE]
@@ -152,7 +158,8 @@ class FakeExecutor:
         """
         row = self._rows[sequence_id]
         for position in range(row.num_computed_tokens - num_tokens, row.num_computed_tokens):
-            self._slot_tokens[self._slot(row, position)] = _NOT_FINITE
+            for group in range(len(self._windows)):
+                self._slot_tokens[self._slot(row, position, group)] = _NOT_FINITE
 
     def _transfer(self, plan: StepPlan) -> tuple[int, ...]:
         size, (failing, self._failing) = self.block_size, (self._failing, set())
@@ -168,7 +175,7 @@ class FakeExecutor:
 
     def _sample(self, share: ScheduledTokens, row: _Row) -> SampledTokens:
         """Check the drafts and draw a token: those that were right, and what follows them."""
-        tokens = self._read(row)
+        tokens = self._read(row, share.num_tokens)
         if _NOT_FINITE in tokens:
             code = FailureCode.NUMERICAL_ERROR
             return SampledTokens(
@@ -189,7 +196,7 @@ class FakeExecutor:
 
     def _read_prompt(self, share: ScheduledTokens, row: _Row) -> list[Reading]:
         """Score the tokens that follow this share's; pool the prompt when all of it is there."""
-        new, tokens = row.new, self._read(row)
+        new, tokens = row.new, self._read(row, share.num_tokens)
         start, stop = len(tokens) - share.num_tokens, len(tokens)
         row.num_seen_tokens += share.num_tokens
         if _NOT_FINITE in tokens:
@@ -224,8 +231,9 @@ class FakeExecutor:
             guesses.append(token_id if token_id % 4 else (token_id + 1) % self.vocab_size)
         return tuple(guesses[len(known) :])
 
-    def _slot(self, row: _Row, position: int) -> int:
-        block_id = row.block_ids[position // self.block_size]
+    def _slot(self, row: _Row, position: int, group: int = 0) -> int:
+        index = position // self.block_size
+        block_id = row.block_ids[index * len(self._windows) + group]
         return block_id * self.block_size + position % self.block_size
 
     def _write(self, row: _Row, share: ScheduledTokens) -> None:
@@ -236,19 +244,40 @@ class FakeExecutor:
         ):
             raise IntegrityError(f"{share.sequence_id} has drafts that do not follow its tokens")
         for position, token_id in enumerate(token_ids, start):
-            slot = self._slot(row, position)
-            self._slot_tokens[slot] = token_id
-            self._slot_positions[slot] = position
+            for group in range(len(self._windows)):
+                slot = self._slot(row, position, group)
+                self._slot_tokens[slot] = token_id
+                self._slot_positions[slot] = position
         if len(token_ids) != share.num_tokens:
             raise IntegrityError(f"{share.sequence_id} has not so many tokens to compute")
         row.num_computed_tokens += share.num_tokens
 
-    def _read(self, row: _Row) -> list[int]:
-        """Token ids as the KV memory has them; a slot of another position reads as garbage."""
+    def _read(self, row: _Row, num_tokens: int) -> list[int]:
+        """Token ids as the last `num_tokens` see them; what differs between groups is garbage.
+
+        What no group sees any more is taken from the row: nothing could have been read wrongly.
+        """
+        stop = row.num_computed_tokens
+        tokens: list[int] | None = None
+        for group, window in enumerate(self._windows):
+            first = 0 if window is None else max(0, stop - num_tokens - window + 1)
+            seen = self._read_group(row, group, first)
+            if tokens is None:
+                tokens = row.token_ids[:first] + seen
+            elif tokens[first:] != seen:
+                for position, token in enumerate(seen, first):
+                    if token != tokens[position]:
+                        is_nan = _NOT_FINITE in (token, tokens[position])
+                        tokens[position] = _NOT_FINITE if is_nan else _STALE
+        return tokens or []
+
+    def _read_group(self, row: _Row, group: int, first: int) -> list[int]:
+        """Token ids from position `first` on; a slot of another position reads as garbage."""
         tokens: list[int] = []
-        for start in range(0, row.num_computed_tokens, self.block_size):
-            stop = min(start + self.block_size, row.num_computed_tokens)
-            slot = self._slot(row, start)
+        start, size = first, self.block_size
+        while start < row.num_computed_tokens:
+            stop = min(start - start % size + size, row.num_computed_tokens)
+            slot = self._slot(row, start, group)
             found = self._slot_tokens[slot : slot + stop - start]
             positions = self._slot_positions[slot : slot + stop - start]
             expected = list(range(start, stop))
@@ -256,4 +285,5 @@ class FakeExecutor:
                 pairs = zip(found, positions, expected, strict=True)
                 found = [token if at == wanted else _STALE for token, at, wanted in pairs]
             tokens += found
+            start = stop
         return tokens

@@ -16,6 +16,8 @@ from octavo.kvcache import (
     Allocator,
     BuddyAllocator,
     ContiguousAllocator,
+    GroupedAllocator,
+    GroupedPrefixAllocator,
     PagedAllocator,
     PrefixAllocator,
     TieredAllocator,
@@ -281,6 +283,14 @@ class SqueezablePagedAllocator(_Squeezable, PagedAllocator):
 
 
 class SqueezablePrefixAllocator(_Squeezable, PrefixAllocator):
+    """The same with prefix caching."""
+
+
+class SqueezableGroupedAllocator(_Squeezable, GroupedAllocator):
+    """Blocks on demand, given back behind windows."""
+
+
+class SqueezableGroupedPrefixAllocator(_Squeezable, GroupedPrefixAllocator):
     """The same with prefix caching."""
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from octavo import scheduler
-from octavo.core import Clock, Executor, Launch, PendingResult, StepPlan, StepResult
+from octavo.core import Clock, Executor, KVGroups, Launch, PendingResult, StepPlan, StepResult
 from octavo.engine import EngineCore
 from octavo.scheduler import Scheduler, SchedulerSettings
 from octavo.sim.fake_executor import FakeExecutor
@@ -16,6 +16,8 @@ from octavo.sim.faults import (
     SqueezableAllocator,
     SqueezableBuddyAllocator,
     SqueezableContiguousAllocator,
+    SqueezableGroupedAllocator,
+    SqueezableGroupedPrefixAllocator,
     SqueezablePagedAllocator,
     SqueezablePrefixAllocator,
     SqueezableTieredAllocator,
@@ -28,6 +30,7 @@ class EngineSetup:
 
     allocator: contiguous, contiguous-buddy or paged; the next three need pages.
     num_host_blocks, num_disk_blocks: memory below the device, which needs prefix caching.
+    windows: of each group of layers, where blocks are paged and all of them on the device.
     policy, batching, preemption: names known to `octavo.scheduler`.
     num_drafts: tokens that the executor guesses ahead.
     asynchronous: step n+1 is launched before the result of step n is read.
@@ -44,6 +47,7 @@ class EngineSetup:
     vocab_size: int = 1000
     allocator: str = "paged"
     prefix_caching: bool = True
+    windows: tuple[int | None, ...] = (None,)
     num_host_blocks: int = 0
     num_disk_blocks: int = 0
     preemption: str = "recompute"
@@ -53,6 +57,11 @@ class EngineSetup:
     batching: str = "chunked"
     asynchronous: bool = False
     eager: bool = True
+
+    @property
+    def kv_groups(self) -> KVGroups:
+        """What each group of layers keeps of a sequence."""
+        return KVGroups(self.windows, self.max_num_batched_tokens)
 
     @property
     def is_orderly(self) -> bool:
@@ -112,6 +121,11 @@ def create_allocator(setup: EngineSetup) -> SqueezableAllocator:
             num_host_blocks=setup.num_host_blocks,
             num_disk_blocks=setup.num_disk_blocks,
         )
+    if not setup.kv_groups.keep_all:
+        grouped = (
+            SqueezableGroupedPrefixAllocator if setup.prefix_caching else SqueezableGroupedAllocator
+        )
+        return grouped(setup.num_blocks, setup.block_size, groups=setup.kv_groups)
     kind = SqueezablePrefixAllocator if setup.prefix_caching else SqueezablePagedAllocator
     return kind(setup.num_blocks, setup.block_size)
 
@@ -139,6 +153,7 @@ def create_executor(setup: EngineSetup) -> FakeExecutor:
         vocab_size=setup.vocab_size,
         num_host_blocks=setup.num_host_blocks,
         num_disk_blocks=setup.num_disk_blocks,
+        windows=setup.windows,
         num_drafts=setup.num_drafts,
     )
 

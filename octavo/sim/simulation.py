@@ -262,7 +262,7 @@ class SimulatedEngine:
     def _num_needed_blocks(self, num_tokens: int) -> int:
         """What a request of so many tokens takes at most; the last one is never computed."""
         setup = self.setup
-        num_blocks = -(-(num_tokens - 1) // setup.block_size)
+        num_blocks = setup.kv_groups.num_blocks_for(num_tokens - 1, setup.block_size)
         if setup.allocator == "contiguous":
             return -(-(setup.max_model_len - 1) // setup.block_size)
         if setup.allocator == "contiguous-buddy":

@@ -60,7 +60,7 @@ class Scenario:
 def draw_scenario(seed: int) -> Scenario:
     """Everything that a seed decides."""
     rng = random.Random(seed)
-    setup = _draw_allocator(seed, _draw_setup(rng))
+    setup = _draw_windows(seed, _draw_allocator(seed, _draw_setup(rng)))
     requests = _draw_requests(rng, setup)
     duration_s = rng.choice((0.05, 0.05, 0.5, 2.0))
     arrivals = [
@@ -143,6 +143,24 @@ def _draw_allocator(seed: int, setup: EngineSetup) -> EngineSetup:
         allocator=rng.choice(("contiguous", "contiguous-buddy")),
         max_model_len=min(setup.max_model_len, setup.num_blocks * setup.block_size // 2),
         prefix_caching=False,
+        num_host_blocks=0,
+        num_disk_blocks=0,
+    )
+
+
+def _draw_windows(seed: int, setup: EngineSetup) -> EngineSetup:
+    """Now and then layers with windows, of one length or two, beside others or not; own dice."""
+    rng = random.Random(f"windows {seed}")
+    if rng.random() > 0.2 or setup.allocator != "paged":
+        return setup
+    window, longer = rng.choice((2, 3, 5, 8, 17)), rng.choice((20, 33))
+    windows = rng.choice(
+        ((window,), (None, window), (None, window), (None, window, window), (None, window, longer))
+    )
+    return dataclasses.replace(
+        setup,
+        windows=windows,
+        num_blocks=setup.num_blocks * len(windows),
         num_host_blocks=0,
         num_disk_blocks=0,
     )

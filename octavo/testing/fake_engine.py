@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from octavo.core import (
     NO_IMAGES,
+    Adapter,
     EngineStats,
     FinishReason,
     ModelTasks,
@@ -29,7 +30,13 @@ from octavo.core import (
 from octavo.engine import Pulse, Rest, ServedModel, TextDelta
 from octavo.engine.answers import check_shape
 from octavo.engine.interface import DEFAULT_OPTIONS
-from octavo.errors import EngineDeadError, OctavoError, OverloadedError
+from octavo.errors import (
+    EngineDeadError,
+    OctavoError,
+    OverloadedError,
+    RequestError,
+    UnknownModelError,
+)
 from octavo.testing.byte_tokenizer import EOS, ByteTokenizer
 
 NUM_BLOCKS = 1000
@@ -86,6 +93,8 @@ class FakeEngine:
     num_resets: int = 0
     num_expert_tokens: dict[str, list[int]] = field(default_factory=dict)  # by layer
     num_generation_tokens: int = 0
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    asked_of: dict[str, Adapter | None] = field(default_factory=dict)  # by request
     num_sleeps: int = 0
     abandoned: str = ""  # why it was given up
 
@@ -154,6 +163,19 @@ class FakeEngine:
         """Those that a test put there."""
         return self.num_expert_tokens
 
+    async def load_adapter(self, name: str, path: str, *, replace: bool = False) -> Adapter:
+        """Any path will do."""
+        if name in self.adapters and not replace:
+            raise RequestError("the fake adapter is loaded already", param="lora_name")
+        self.adapters[name] = Adapter(name, path)
+        return self.adapters[name]
+
+    async def unload_adapter(self, name: str) -> Adapter:
+        """One that was loaded."""
+        if name not in self.adapters:
+            raise UnknownModelError("no fake adapter of that name", param="lora_name")
+        return self.adapters.pop(name)
+
     async def reset_prefix_cache(self) -> None:
         """Counts how often."""
         self.num_resets += 1
@@ -194,6 +216,7 @@ class FakeEngine:
     ) -> AsyncGenerator[TextDelta, None]:
         """The answers of one request, interleaved; of a pooling one, its vector."""
         self.seen[request_id] = images
+        self.asked_of[request_id] = options.adapter
         max_tokens = self._admit(request_id, prompt_token_ids, sampling, pooling)
         without_types = [token_id % self.model.vocab_size for token_id in prompt_token_ids]
         prompt = self.model.tokenizer.decode(without_types)

@@ -50,12 +50,24 @@ _GRIDS = [[28, 56], [56, 28], [56, 56]]
 PREPROCESSORS: dict[str, dict[str, Any]] = {
     "llava": _SQUARE,
     "llava_next": _SQUARE | {"image_grid_pinpoints": _GRIDS},
+    "blip2": {"size": {"height": 28, "width": 28}},
     "qwen2_5_vl": {
         "patch_size": 4,
         "merge_size": 2,
         "temporal_patch_size": 2,
         "size": {"shortest_edge": 64, "longest_edge": 1600},
     },
+}
+_OPT: dict[str, Any] = {
+    "vocab_size": 301,
+    "hidden_size": 64,
+    "ffn_dim": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 256,
+    "eos_token_id": 257,
+    "pad_token_id": 0,
 }
 # Fields of transformers' config class, by our names of the architectures.
 TINY_MODELS: dict[str, dict[str, Any]] = {
@@ -111,17 +123,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "gpt_neox": _DECODER | {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
-    "opt": {
-        "vocab_size": 301,
-        "hidden_size": 64,
-        "ffn_dim": 88,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 0,
-    },
+    "opt": _OPT,
     "llava": {
         "text_config": _DECODER | {"model_type": "llama", "vocab_size": 303},
         "vision_config": _CLIP,
@@ -132,6 +134,26 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
         | {"model_type": "mistral", "vocab_size": 303, "max_position_embeddings": 512},
         "vision_config": _CLIP,
         "image_grid_pinpoints": _GRIDS,
+        "image_token_index": 302,
+    },
+    "blip2": {
+        "text_config": _OPT | {"model_type": "opt", "vocab_size": 303, "word_embed_proj_dim": 64},
+        "vision_config": {
+            "hidden_size": 24,
+            "intermediate_size": 44,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 3,
+            "image_size": 28,
+            "patch_size": 7,
+        },
+        "qformer_config": {
+            "hidden_size": 20,
+            "intermediate_size": 36,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "encoder_hidden_size": 24,
+        },
+        "num_query_tokens": 18,
         "image_token_index": 302,
     },
     "qwen2_5_vl": {
@@ -155,6 +177,7 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
             "fullatt_block_indexes": [1],
         },
         "image_token_id": 302,
+        "video_token_id": 301,
     },
 }
 
@@ -202,6 +225,17 @@ def write_tiny_model(
         text = json.dumps(PREPROCESSORS[architecture])
         (directory / "preprocessor_config.json").write_text(text)
     return model
+
+
+def reference_logits(model: nn.Module, token_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Logits [N, T, vocab_size] of transformers' model for ids [N, T], and perhaps for images.
+
+    Of a text alone BLIP-2's class would still want an image; there its language model answers.
+    """
+    if not inputs and type(model).__name__ == "Blip2ForConditionalGeneration":
+        model = model.get_submodule("language_model")
+    logits: torch.Tensor = model(input_ids=token_ids, **inputs).logits
+    return logits
 
 
 @torch.no_grad()

@@ -19,12 +19,16 @@ if TYPE_CHECKING:
 PLAIN_MODES = ("RGB", "L")
 
 
-def content_key(frames: "Sequence[Image]", settings: PixelSettings) -> str:
+def content_key(
+    frames: "Sequence[Image]", settings: PixelSettings, *, frame_step: float | None = None
+) -> str:
     """SHA-256 over pixels, sizes, modes and settings, in hexadecimal.
 
     Args:
         frames: one picture, or the frames of a video.
         settings: how they will be prepared.
+        frame_step: of a video, positions in time between its frames: the KV blocks of another pace
+            are others, too. None: an image.
 
     Raises:
         ValueError: a mode with a palette, or no frames; `decode_image` makes RGB of all.
@@ -35,7 +39,7 @@ def content_key(frames: "Sequence[Image]", settings: PixelSettings) -> str:
     name = type(settings).__name__
     shapes = [(frame.mode, *frame.size) for frame in frames]
     # All lengths are in the head, so no two contents can run into each other.
-    head = json.dumps([name, asdict(settings), shapes], sort_keys=True).encode()
+    head = json.dumps([name, asdict(settings), shapes, frame_step], sort_keys=True).encode()
     digest = hashlib.sha256(len(head).to_bytes(8, "little") + head)
     for frame in frames:
         digest.update(frame.tobytes())

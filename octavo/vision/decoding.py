@@ -4,7 +4,6 @@ What the header promises is checked before anything is decoded, the decoder is c
 by the file, and whatever it says of damaged data becomes one error that a client can be shown.
 """
 
-from collections.abc import Sequence
 from io import BytesIO
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -29,14 +28,13 @@ def decode_image(data: bytes, limits: ImageLimits) -> "Image":
         InvalidImageError: not within the limits, in no known format, damaged or truncated.
         ConfigError: Pillow is not installed.
     """
-    pillow = _pillow()
     header = check_image(data, limits)
     try:
-        with pillow.open(BytesIO(data), formats=(header.format,)) as image:
+        with pillow().open(BytesIO(data), formats=(header.format,)) as image:
             if image.size != (header.width, header.height):
                 raise InvalidImageError("the image's header contradicts itself")
-            return _upright_rgb(image)
-    except InvalidImageError:
+            return upright_rgb(image)
+    except (ConfigError, InvalidImageError):
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise InvalidImageError(
@@ -44,41 +42,8 @@ def decode_image(data: bytes, limits: ImageLimits) -> "Image":
         ) from error
 
 
-def decode_video(frames: Sequence[bytes], limits: ImageLimits) -> "list[Image]":
-    """The frames of a video, each an image file, all of one size.
-
-    All headers are checked before the first frame is decoded.
-
-    Raises:
-        InvalidImageError: as `decode_image`, or the frames together are too many or too large, or
-            not of one size.
-        ConfigError: Pillow is not installed.
-    """
-    if not frames:
-        raise InvalidImageError("the video has no frames")
-    if len(frames) > limits.max_frames:
-        raise InvalidImageError(
-            f"the video has {len(frames)} frames; the limit is {limits.max_frames}: send fewer"
-        )
-    num_bytes = sum(map(len, frames))
-    if num_bytes > limits.max_bytes:
-        raise InvalidImageError(
-            f"the video's frames have {num_bytes} bytes; the limit is {limits.max_bytes}"
-        )
-    headers = [check_image(frame, limits) for frame in frames]
-    num_pixels = sum(header.width * header.height for header in headers)
-    if num_pixels > limits.max_video_pixels:
-        raise InvalidImageError(
-            f"the video's frames have {num_pixels} pixels; the limit is {limits.max_video_pixels}: "
-            "send fewer or smaller ones"
-        )
-    decoded = [decode_image(frame, limits) for frame in frames]
-    if len({image.size for image in decoded}) > 1:
-        raise InvalidImageError("the frames of a video must have one size")
-    return decoded
-
-
-def _upright_rgb(image: "Image") -> "Image":
+def upright_rgb(image: "Image") -> "Image":
+    """A copy in RGB of what an open file shows, turned as EXIF says."""
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)  # a copy, with all data read
@@ -89,7 +54,8 @@ def _upright_rgb(image: "Image") -> "Image":
     return upright.convert("RGB")
 
 
-def _pillow() -> ModuleType:
+def pillow() -> ModuleType:
+    """Pillow's `Image`. Raises `ConfigError` where it is not installed."""
     try:
         from PIL import Image
     except ImportError as error:

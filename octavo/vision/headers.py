@@ -27,6 +27,7 @@ class ImageHeader:
     width: int
     height: int
     num_frames: int = 1  # counted no further than one above the limit
+    duration_ms: int = 0  # of all frames that were counted; 0 where none says
 
 
 def check_image(data: bytes, limits: ImageLimits) -> ImageHeader:
@@ -65,7 +66,7 @@ def read_header(data: bytes, *, max_frames: int) -> ImageHeader:
     """
     try:
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
-            return _png(data)
+            return _png(data, max_frames)
         if data.startswith(b"\xff\xd8\xff"):
             return _jpeg(data)
         if data.startswith((b"GIF87a", b"GIF89a")):
@@ -77,21 +78,31 @@ def read_header(data: bytes, *, max_frames: int) -> ImageHeader:
     raise InvalidImageError(f"the image is in no known format; supported: {', '.join(FORMATS)}")
 
 
-def _png(data: bytes) -> ImageHeader:
-    """PNG, third edition, 11.2.1 (IHDR) and 11.3.6 (acTL, before the first IDAT)."""
+def _png(data: bytes, max_frames: int) -> ImageHeader:
+    """PNG, third edition, 11.2.1 (IHDR), 11.3.6 (acTL, before the first IDAT; fcTL)."""
     length, kind, width, height = struct.unpack_from(">I4sII", data, 8)
     if kind != b"IHDR" or length != 13:
         raise InvalidImageError("the PNG does not begin with a header")
+    num_frames, num_told, duration_ms = 1, 0, 0.0
+    for kind, place in _png_chunks(data):
+        if kind == b"acTL":
+            (num_frames,) = struct.unpack_from(">I", data, place)
+        elif kind == b"IDAT" and num_frames == 1:
+            break
+        elif kind == b"fcTL" and num_told < min(num_frames, max_frames):
+            numerator, denominator = struct.unpack_from(">HH", data, place + 20)
+            duration_ms += 1000 * numerator / (denominator or 100)
+            num_told += 1
+    return ImageHeader("PNG", width, height, num_frames, round(duration_ms))
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:
+    """(name, where its data begins) of each chunk."""
     place = 8
-    num_frames = 1
     while place + 8 <= len(data):
         length, kind = struct.unpack_from(">I4s", data, place)
-        if kind == b"acTL":
-            (num_frames,) = struct.unpack_from(">I", data, place + 8)
-        if kind in (b"acTL", b"IDAT"):
-            break
+        yield kind, place + 8
         place += 12 + length
-    return ImageHeader("PNG", width, height, num_frames)
 
 
 def _jpeg(data: bytes) -> ImageHeader:
@@ -116,10 +127,10 @@ def _jpeg(data: bytes) -> ImageHeader:
 
 
 def _gif(data: bytes, max_frames: int) -> ImageHeader:
-    """GIF89a, sections 18 (screen), 20 (image descriptor) and 15 (blocks)."""
+    """GIF89a, sections 18 (screen), 20 (image descriptor), 15 (blocks) and 23 (delays)."""
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     place = 13 + _color_table_bytes(flags)
-    num_frames = 0
+    num_frames = duration_ms = 0
     while place < len(data) and num_frames <= max_frames:
         introducer = data[place]
         if introducer == 0x2C:
@@ -131,12 +142,14 @@ def _gif(data: bytes, max_frames: int) -> ImageHeader:
             num_frames += 1
             place = _after_blocks(data, place + 11 + _color_table_bytes(flags))
         elif introducer == 0x21:
+            if data[place + 1] == 0xF9:
+                duration_ms += 10 * struct.unpack_from("<H", data, place + 4)[0]
             place = _after_blocks(data, place + 2)
         else:
             break
     if not num_frames:
         raise InvalidImageError("the GIF has no picture")
-    return ImageHeader("GIF", width, height, num_frames)
+    return ImageHeader("GIF", width, height, num_frames, duration_ms)
 
 
 def _color_table_bytes(flags: int) -> int:
@@ -153,12 +166,13 @@ def _after_blocks(data: bytes, place: int) -> int:
 def _webp(data: bytes, max_frames: int) -> ImageHeader:
     """RFC 9649, sections 2.5 to 2.7."""
     size: tuple[int, int] | None = None
-    num_frames = 0
+    num_frames = duration_ms = 0
     for kind, place in _riff_chunks(data):
         if kind == b"VP8X":
             size = _uint24(data, place + 4) + 1, _uint24(data, place + 7) + 1
         elif kind == b"ANMF":
             num_frames += 1
+            duration_ms += _uint24(data, place + 12)
             if num_frames > max_frames:
                 break
         elif kind == b"VP8 " and size is None:
@@ -171,7 +185,7 @@ def _webp(data: bytes, max_frames: int) -> ImageHeader:
             size = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     if size is None:
         raise InvalidImageError("the WebP has no picture")
-    return ImageHeader("WEBP", *size, max(num_frames, 1))
+    return ImageHeader("WEBP", *size, max(num_frames, 1), duration_ms)
 
 
 def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int]]:

@@ -20,8 +20,10 @@ class ImageLimits:
     max_pixels: int = 2**25  # of one image or frame: 96 MiB of RGB
     max_side: int = 2**14
     min_side: int = 2  # a picture of one pixel shows nothing
-    max_frames: int = 768  # of a video, and in one animated file, of which the first is read
-    max_video_pixels: int = 2**28  # of all frames of a video together
+    max_frames: int = 768  # in one animated file, or in a list of frames
+    max_film_pixels: int = 2**33  # of all frames of a film, most of which are not kept
+    max_decoding_s: float = 30.0  # of a film
+    max_video_pixels: int = 2**28  # of all frames of those together, and of what is kept of a video
 
     def __post_init__(self) -> None:
         for name in ("max_bytes", "max_pixels", "max_side", "min_side", "max_frames"):

@@ -40,9 +40,14 @@ class EncoderInput:
     num_tokens: int  # rows of the encoder's answer
 
 
-def picture_from(picture: Picture) -> Image.Image:
-    """Pillow's picture of pixels that came without it."""
-    return Image.frombytes("RGB", (picture.width, picture.height), picture.rgb)
+def frames_of(picture: Picture) -> list[Image.Image]:
+    """Pillow's pictures of pixels that came without it: one, or those of a video."""
+    size = picture.width, picture.height
+    num_bytes = 3 * picture.width * picture.height
+    starts = range(0, num_bytes * (picture.num_frames or 1), num_bytes)
+    return [
+        Image.frombytes("RGB", size, picture.rgb[start : start + num_bytes]) for start in starts
+    ]
 
 
 def prepare(

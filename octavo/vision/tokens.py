@@ -12,11 +12,21 @@ from octavo.config.families.vision_shapes import (
     LlavaVisionConfig,
     PatchPixels,
     PixelSettings,
+    Qwen25VisionConfig,
     TiledPixels,
     VisionConfig,
 )
 from octavo.errors import InvalidImageError
 from octavo.vision.geometry import Size, best_grid, smart_size, unpadded
+
+
+@dataclass(frozen=True, slots=True)
+class Placeholder:
+    """What stands in a prompt for each image, or for each video, before its tokens do."""
+
+    name: str  # for error messages: of many of them
+    token_id: int
+    counts: Sequence[int]  # tokens of each, in the order of their places
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +83,13 @@ def largest_size(settings: PixelSettings) -> Size:
     return settings.size, settings.size
 
 
-def token_grid(settings: PixelSettings, size: Size) -> tuple[int, int, int] | None:
-    """(frames, rows, columns) of tokens of an image, for models whose positions follow them."""
+def token_grid(
+    settings: PixelSettings, size: Size, *, num_frames: int = 1
+) -> tuple[int, int, int] | None:
+    """(frames, rows, columns) of tokens, for models whose positions follow them."""
     if not isinstance(settings, PatchPixels):
         return None
-    deep, rows, columns = patch_grid(settings, size)
+    deep, rows, columns = patch_grid(settings, size, num_frames=num_frames)
     return deep, rows // settings.merge_size, columns // settings.merge_size
 
 
@@ -95,30 +107,49 @@ def _num_llava_tokens(vision: LlavaVisionConfig, size: Size) -> int:
     return whole + rows * (columns + 1)  # each row ends with a newline
 
 
-def expand_placeholders(
-    token_ids: Sequence[int], placeholder_id: int, counts: Sequence[int]
-) -> tuple[list[int], list[ImageSpan]]:
-    """Put each placeholder as often as its image has tokens; say where they stand. O(result).
+def frame_step_of(vision: VisionConfig, fps: float) -> float:
+    """Positions in time from one layer of patches of a video to the next (arXiv 2502.13923, 2.1.2).
 
     Args:
-        token_ids: a prompt with one placeholder for each image, in the order of the images.
-        placeholder_id: the id of the placeholder.
-        counts: tokens of each image.
+        vision: a model's that takes videos.
+        fps: frames in a second, `temporal_patch_size` of which are a layer.
+    """
+    if not isinstance(vision, Qwen25VisionConfig):
+        raise TypeError(f"{type(vision).__name__} has no positions in time")
+    return vision.tokens_per_second * vision.temporal_patch_size / fps
+
+
+def expand_placeholders(
+    token_ids: Sequence[int], placeholders: Sequence[Placeholder]
+) -> tuple[list[int], list[list[ImageSpan]]]:
+    """Put each placeholder as often as what it stands for has tokens. O(result).
+
+    Args:
+        token_ids: a prompt with one placeholder for each image and each video.
+        placeholders: of each kind.
+
+    Returns:
+        (the prompt, the places of each kind)
 
     Raises:
-        InvalidImageError: there are not as many placeholders as images.
+        InvalidImageError: there are not as many placeholders as images, or as videos.
     """
+    for one in placeholders:
+        if (num_found := sum(token_id == one.token_id for token_id in token_ids)) != len(
+            one.counts
+        ):
+            raise InvalidImageError(
+                f"the prompt has {num_found} places for {one.name}, but there are "
+                f"{len(one.counts)} {one.name}"
+            )
     expanded: list[int] = []
-    spans: list[ImageSpan] = []
-    num_found = sum(token_id == placeholder_id for token_id in token_ids)
-    if num_found != len(counts):
-        raise InvalidImageError(
-            f"the prompt has {num_found} places for images, but there are {len(counts)} images"
-        )
+    spans: dict[int, list[ImageSpan]] = {one.token_id: [] for one in placeholders}
+    counts = {one.token_id: iter(one.counts) for one in placeholders}
     for token_id in token_ids:
-        if token_id == placeholder_id:
-            spans.append(ImageSpan(len(expanded), counts[len(spans)]))
-            expanded.extend([placeholder_id] * spans[-1].num_tokens)
+        if token_id in spans:
+            span = ImageSpan(len(expanded), next(counts[token_id]))
+            spans[token_id].append(span)
+            expanded.extend([token_id] * span.num_tokens)
         else:
             expanded.append(token_id)
-    return expanded, spans
+    return expanded, list(spans.values())

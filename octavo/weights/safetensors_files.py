@@ -67,6 +67,25 @@ def open_safetensors(checkpoint: Checkpoint, dtype: torch.dtype) -> TensorStream
     return TensorStream(str(folder), shapes, read)
 
 
+def open_safetensors_file(path: Path, dtype: torch.dtype) -> TensorStream:
+    """Check one file, which need not be a model's; read no data yet.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+        UnsupportedModelError: its tensors are of types that are not read.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing")
+    shapes = _header(path)
+
+    def read() -> Iterator[tuple[str, Tensor]]:
+        with safe_open(path, framework="pt") as file:
+            for name in shapes:
+                yield name, file.get_tensor(name).to(dtype)
+
+    return TensorStream(str(path), shapes, read)
+
+
 def _weight_map(checkpoint: Checkpoint) -> dict[str, str]:
     """{tensor: file} from the index; empty where there is a single file."""
     folder = checkpoint.path

@@ -152,6 +152,7 @@ def test_the_public_surface_is_what_it_says():
     assert octavo.__all__ == [
         "LLM",
         "CompletionOutput",
+        "LoRARequest",
         "OctavoError",
         "RequestOutput",
         "SamplingParams",

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from octavo.cli import main
 from octavo.testing.tiny_llama import write_tiny_llama
 
 pytestmark = pytest.mark.server
@@ -187,3 +188,26 @@ def test_a_batch_file_is_answered_and_taken_up_again(model, tmp_path):
     source.write_text("\n".join(map(json.dumps, requests)))
     run = octavo(*command, "--resume")
     assert run.returncode == 0 and "1 answers, 0 of them errors" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usage", "said"),
+    [
+        (["serve", "--max-num-seq", "3"], "octavo serve", "--max-num-seq; like it: --max-num-seqs"),
+        (
+            ["generate", "--model", "x", "--prompt", "a"],
+            "octavo generate",
+            "--model; like it: --mod",
+        ),
+        (["bench", "serve", "--input-len=3"], "octavo bench serve", "like it: --random-input-len"),
+        (["plan", "--xyzzy"], "octavo plan", "unrecognized arguments: --xyzzy\n"),
+    ],
+)
+def test_an_unknown_flag_is_refused_by_its_command_with_those_like_it(
+    capsys, arguments, usage, said
+):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith(f"usage: {usage} [-h]") and said in error

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from octavo.cli import main
+from octavo.testing.tiny_models import write_tiny_model
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -130,3 +131,15 @@ def test_check_runs_the_model_and_agrees(dtype, capsys):
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[-5:]]
     assert [row[0] for row in rows] == ["weights", "activations", "rows", "KV", "total"]
     assert all(abs(float(row[-1].rstrip("%"))) < 5 for row in rows)
+
+
+def test_check_measures_an_engine_that_is_to_plan_ahead(tmp_path, capsys):
+    """Its steps would run in a thread that torch's profiler does not watch."""
+    write_tiny_model(tmp_path, "llama")
+    flags = ["--async-scheduling", "--max-num-batched-tokens", "512", "--max-num-seqs", "32"]
+    memory = ["--kv-cache-memory-bytes", str(2**24), "--num-threads", "1"]
+    main(["plan", str(tmp_path), "--check", "--device", "cpu", *flags, *memory])
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[-5:])
+    planned, _, measured, _, error = rows["activations"].split()
+    assert float(planned) > 0 and float(measured) > 0
+    assert abs(float(error.rstrip("%"))) < 5

@@ -98,6 +98,32 @@ QWEN = QWEN_TEXT | {
 }
 
 
+# As Salesforce/blip2-opt-2.7b has it.
+BLIP2 = {
+    "architectures": ["Blip2ForConditionalGeneration"],
+    "image_token_index": 50265,
+    "model_type": "blip-2",
+    "num_query_tokens": 32,
+    "qformer_config": {"model_type": "blip_2_qformer"},
+    "text_config": {
+        "architectures": ["OPTForCausalLM"],
+        "eos_token_id": 50118,
+        "ffn_dim": 10240,
+        "hidden_size": 2560,
+        "model_type": "opt",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "torch_dtype": "float16",
+        "vocab_size": 50304,
+        "word_embed_proj_dim": 2560,
+    },
+    "torch_dtype": "float16",
+    "use_decoder_only_language_model": True,
+    "vision_config": {"model_type": "blip_2_vision_model"},
+}
+T5 = {"model_type": "t5", "d_model": 2048}
+
+
 def test_llavas_missing_fields_are_those_of_transformers():
     from transformers import LlavaConfig
 
@@ -148,6 +174,25 @@ def test_qwens_config_is_read_in_both_styles():
     assert (flat.image_token_id, flat.eos_token_ids) == (151655, (151645,))
 
 
+def test_blip2s_missing_fields_are_those_of_transformers():
+    from transformers import Blip2Config
+
+    config = model_config_from_hf(BLIP2)
+    text = Blip2Config(**BLIP2).text_config
+    assert config.architecture == "blip2"
+    assert config.max_position_embeddings == text.max_position_embeddings == 2048
+    assert (config.bos_token_id, config.eos_token_ids) == (text.bos_token_id, (50118,))
+    assert config.tie_word_embeddings == text.tie_word_embeddings
+    assert (config.image_token_id, config.vocab_size, config.dtype) == (50265, 50304, "float16")
+    assert config.vision.out_hidden_size == config.hidden_size == 2560
+    small = model_config_from_hf(BLIP2 | {"text_config": {"model_type": "opt"}})
+    text = Blip2Config(**BLIP2 | {"text_config": {"model_type": "opt"}}).text_config
+    assert (small.hidden_size, small.num_layers) == (text.hidden_size, text.num_hidden_layers)
+    assert small.layers[0].mlp.intermediate_size == text.ffn_dim
+    assert small.layers[0].attention.num_heads == text.num_attention_heads
+    assert small.vocab_size == text.vocab_size
+
+
 def scaling(kind, sections):
     return {"rope_scaling": {"type": kind, "mrope_section": sections}}
 
@@ -167,6 +212,9 @@ def scaling(kind, sections):
         (LLAVA, {"text_config": None}, CheckpointError, "text_config"),
         (LLAVA, {"quantization_config": {}}, UnsupportedModelError, "quantization_config"),
         (QWEN, {"quantization_config": {}}, UnsupportedModelError, "quantization_config"),
+        (QWEN, {"video_token_id": 152064}, CheckpointError, "video_token_id"),
+        (BLIP2, {"text_config": T5}, UnsupportedModelError, "model_type='t5'.*: opt, llama"),
+        (BLIP2, {"image_token_index": None}, CheckpointError, "image_token_id"),
         (QWEN, {"use_sliding_window": True}, UnsupportedModelError, "use_sliding_window"),
         (QWEN, {"rope_scaling": None}, CheckpointError, "mrope_section"),
         (QWEN, scaling("mrope", [16, 24]), CheckpointError, "mrope_section"),

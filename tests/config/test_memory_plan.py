@@ -24,6 +24,7 @@ from octavo.config.planned_devices import (
 from octavo.config.planned_steps import COMPILED_OPS, expected_ops, num_scored_at_once
 from octavo.errors import ConfigError
 from octavo.kernels import (
+    ENCODER_ATTENTION,
     GELU_TANH_MUL,
     KV_WRITE,
     LATENT_ATTENTION,
@@ -280,6 +281,7 @@ def test_the_table_of_compiled_ops_is_what_the_kernels_register():
         MOE_ROUTE,
         MOE_EXPERTS,
         LATENT_ATTENTION,
+        ENCODER_ATTENTION,
         SAMPLE_TOKENS,
     )
     for device, implementation in (("cpu", "native"), ("cuda", "triton")):

@@ -21,6 +21,7 @@ from octavo.engine.memory_report import (
     reachable_bytes,
     with_activations,
 )
+from octavo.errors import ConfigError, EngineDeadError
 from octavo.kernels import native, reference_only
 from octavo.testing.tiny_llama import write_tiny_llama
 
@@ -112,6 +113,30 @@ def test_each_moment_is_what_the_allocator_sees(
     assert plan.peak.name == moment
     measured = measure_largest_step(engine.core, engine.config)
     assert plan.activation_bytes == pytest.approx(measured, rel=TOLERANCE)
+
+
+def test_a_second_measurement_finds_what_the_first_did(tmp_path):
+    engine = build(write_tiny_llama(tmp_path / "tiny"), max_num_seqs=8, max_num_batched_tokens=64)
+    first = measure_largest_step(engine.core, engine.config)
+    engine.core.reset_prefix_cache()
+    assert measure_largest_step(engine.core, engine.config) == first > 0
+
+
+def test_steps_that_run_elsewhere_are_not_said_to_take_nothing(tmp_path):
+    engine = build(write_tiny_llama(tmp_path / "tiny"), async_scheduling=True)
+    with pytest.raises(ConfigError, match="without async_scheduling"):
+        measure_largest_step(engine.core, engine.config)
+
+
+def test_a_largest_step_that_fails_is_no_measurement(tmp_path, monkeypatch):
+    engine = build(write_tiny_llama(tmp_path / "tiny"))
+
+    def fail(plan):
+        raise MemoryError("nothing left")
+
+    monkeypatch.setattr(engine.core._executor, "execute", fail)
+    with pytest.raises(EngineDeadError, match="largest step failed"):
+        measure_largest_step(engine.core, engine.config)
 
 
 def test_a_storage_counts_once_however_it_is_reached():

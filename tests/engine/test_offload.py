@@ -89,6 +89,37 @@ def test_blocks_on_disk_survive_a_restart(model, expected, left_behind):
     assert (count, text) == (48, expected[0])
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True])
+def test_what_was_reset_is_found_on_disk_neither_now_nor_after_a_restart(
+    model, expected, left_behind, async_scheduling
+):
+    path, options = left_behind
+    llm = create_llm(model, 10, **options, async_scheduling=async_scheduling)
+    size_before = path.stat().st_size
+    llm.engine.core.reset_prefix_cache()
+    assert cached(llm, PROMPTS[0]) == (0, expected[0])
+    llm.engine.core.reset_prefix_cache()
+    llm.close()
+    assert path.stat().st_size == size_before
+    llm = create_llm(model, 10, **options)
+    assert [cached(llm, prompt) for prompt in PROMPTS] == [(0, text) for text in expected]
+    assert [cached(llm, prompt)[0] for prompt in PROMPTS] == [48, 48, 64, 64]  # it is used again
+
+
+def test_a_disk_that_cannot_be_emptied_is_told(model, left_behind, monkeypatch):
+    _, options = left_behind
+    llm = create_llm(model, 10, **options)
+
+    def fail(*_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.ftruncate", fail)
+        with pytest.raises(OSError):
+            llm.engine.core.reset_prefix_cache()
+    assert cached(llm, PROMPTS[0])[0] == 0  # forgotten at least until the next start
+
+
 def test_damaged_blocks_are_computed_again(model, expected, left_behind, caplog):
     path, options = left_behind
     content = bytearray(path.read_bytes())

@@ -1,17 +1,14 @@
 """Random two-layer Llamas from safetensors against transformers, in every mode of the engine."""
 
 import pytest
-import torch
+from parity import answers_of, check_answers, create_llm, greedy, ids_of, load_reference, prompts_of
 
-from octavo import LLM, SamplingParams
+from octavo import SamplingParams
 from octavo.testing.tiny_llama import write_tiny_llama
 
 NUM_TOKENS = 40
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-PROMPTS = [
-    {"prompt_token_ids": [(31 * i + 7 * n) % 301 for i in range(n)]}
-    for n in (1, 2, 15, 16, 17, 33, 100, 256)
-]
+GREEDY = greedy(NUM_TOKENS)
+PROMPTS = prompts_of(1, 2, 15, 16, 17, 33, 100, 256)
 
 VARIANTS = {
     "untied": {},
@@ -33,28 +30,14 @@ VARIANTS = {
 
 
 def tokens(llm, prompts=PROMPTS, sampling=GREEDY):
-    return [o.outputs[0].token_ids for o in llm.generate(prompts, sampling, use_tqdm=False)]
-
-
-def create_llm(model, **options):
-    return LLM(str(model), **({"kv_cache_memory_bytes": 2**24} | options), check_integrity=True)
+    return ids_of(llm, prompts, sampling)
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@torch.inference_mode()
 def test_greedy_tokens_are_those_of_transformers(tmp_path, variant):
-    from transformers import AutoModelForCausalLM
-
     model = write_tiny_llama(tmp_path / "tiny", **variant)
-    reference = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    )
-    llm = create_llm(model)
-    for prompt, answer in zip(PROMPTS, tokens(llm), strict=True):
-        ids = torch.tensor([prompt["prompt_token_ids"] + answer])
-        logits = reference(ids).logits[0, -NUM_TOKENS - 1 : -1]
-        assert logits.argmax(-1).tolist() == answer
-        assert len(set(answer)) > 3  # a model that repeats itself would prove little
+    reference = load_reference(model)
+    check_answers(reference, PROMPTS, answers_of(create_llm(model), PROMPTS, GREEDY))
 
 
 @pytest.fixture(scope="module")

@@ -1,26 +1,30 @@
 """Random mixtures of experts from safetensors against transformers, and the ways to run them."""
 
-import contextlib
 import json
 
+import parity
 import pytest
 import torch
 from helpers import create_request, run_to_end, tokens_of
+from parity import (
+    answers_of,
+    check_answers,
+    check_planned_memory,
+    greedy,
+    ids_of,
+    load_reference,
+    needs_native,
+    prompts_of,
+)
 
-from octavo import LLM, SamplingParams
-from octavo.config import DeviceFacts, EngineOptions
-from octavo.config.memory_plan import plan_memory
-from octavo.config.planned_devices import device_budget
+from octavo import SamplingParams
+from octavo.config import EngineOptions
 from octavo.engine import build_engine
-from octavo.engine.memory_report import TOLERANCE, measure_largest_step
-from octavo.kernels import native, reference_only
+from octavo.kernels import reference_only
 
 NUM_TOKENS = 40
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-PROMPTS = [
-    {"prompt_token_ids": [(31 * i + 7 * n) % 301 for i in range(n)]}
-    for n in (1, 2, 15, 16, 17, 33, 100, 256)
-]
+GREEDY = greedy(NUM_TOKENS)
+PROMPTS = prompts_of(1, 2, 15, 16, 17, 33, 100, 256)
 COMMON = {
     "vocab_size": 301,
     "hidden_size": 96,
@@ -118,35 +122,24 @@ def write_tiny(directory, *, config, tied_experts=False):
 
 
 def tokens(llm, prompts=PROMPTS, sampling=GREEDY):
-    return [o.outputs[0].token_ids for o in llm.generate(prompts, sampling, use_tqdm=False)]
+    return ids_of(llm, prompts, sampling)
 
 
 def create_llm(model, **options):
-    settings = {"kv_cache_memory_bytes": 2**24, "skip_tokenizer_init": True, "dtype": "float32"}
-    return LLM(str(model), **(settings | options), check_integrity=True)
+    return parity.create_llm(model, **({"skip_tokenizer_init": True, "dtype": "float32"} | options))
 
 
-def check_against_transformers(model, **options):
-    from transformers import AutoModelForCausalLM
-
-    reference = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    )
-    for prompt, answer in zip(PROMPTS, tokens(create_llm(model, **options)), strict=True):
-        ids = torch.tensor([prompt["prompt_token_ids"] + answer])
-        logits = reference(ids).logits[0, -NUM_TOKENS - 1 : -1]
-        assert logits.argmax(-1).tolist() == answer
-        assert len(set(answer)) > 3  # a model that repeats itself would prove little
+def check_against_transformers(model):
+    answers = answers_of(create_llm(model), PROMPTS, GREEDY)
+    check_answers(load_reference(model), PROMPTS, answers)
 
 
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
-@torch.inference_mode()
 def test_greedy_tokens_are_those_of_transformers(tmp_path, config):
     check_against_transformers(write_tiny(tmp_path / "tiny", config=config))
 
 
 @pytest.mark.parametrize("config", [MIXTRAL, QWEN3_MOE], ids=["Mixtral", "Qwen3-MoE"])
-@torch.inference_mode()
 def test_experts_that_are_equally_likely_are_chosen_as_transformers_does(tmp_path, config):
     check_against_transformers(write_tiny(tmp_path / "tiny", config=config, tied_experts=True))
 
@@ -228,22 +221,15 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="no compiled kernels")
+@needs_native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("compiled", "config", "moment"), MOMENTS)
 def test_memory_is_as_planned(tmp_path, dtype, compiled, config, moment):
     model = write_tiny(tmp_path / "tiny", config=config | THREE_BLOCKS)
-    options = {"device": "cpu", "kv_cache_memory_bytes": 2**24, "skip_tokenizer_init": True}
-    options |= {"dtype": dtype, "max_num_seqs": 64, "max_num_batched_tokens": 512}
-    with contextlib.nullcontext() if compiled else reference_only():
-        engine = build_engine(EngineOptions.from_flat(str(model), options))
-    budget = device_budget(DeviceFacts("cpu", "a CPU", 1, 2**40, 2**40), major=0, utilization=1.0)
-    plan = plan_memory(engine.config, budget, compiled=None if compiled else frozenset())
     if (moment, dtype) == ("values of latents", "float32"):
         moment = "attention"  # without the copies that products in 16 bits want, the next is larger
-    assert plan.peak.name == moment
-    measured = measure_largest_step(engine.core, engine.config)
-    assert plan.activation_bytes == pytest.approx(measured, rel=TOLERANCE)
+    options = {"dtype": dtype, "max_num_seqs": 64, "skip_tokenizer_init": True}
+    engine = check_planned_memory(model, moment=moment, compiled=compiled, **options)
     if compiled:
         weights = engine.memory.lines[0]
         assert weights.planned_bytes == weights.measured_bytes
@@ -270,3 +256,16 @@ def test_tokens_of_each_expert_are_counted_as_transformers_routes_them(tmp_path)
     found = list(llm.expert_tokens().values())
     assert found == [torch.bincount(experts, minlength=7).tolist() for experts in expected]
     assert create_llm(model).expert_tokens() == {}
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_nothing_is_counted_asleep_and_it_begins_at_0_awake(tmp_path, level):
+    model = write_tiny(tmp_path / "tiny", config=QWEN3_MOE)
+    llm = create_llm(model, count_expert_tokens=True)
+    fresh = llm.expert_tokens()
+    tokens(llm, [PROMPTS[-1]], SamplingParams(temperature=0, max_tokens=1))
+    assert fresh and llm.expert_tokens() != fresh
+    llm.sleep(level)
+    assert llm.expert_tokens() == {}
+    llm.wake_up()
+    assert llm.expert_tokens() == fresh

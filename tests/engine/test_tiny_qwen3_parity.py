@@ -1,27 +1,30 @@
 """Random two-layer Qwen3s from safetensors against transformers, and the ways to run them."""
 
-import contextlib
 import json
 
 import pytest
-import torch
 from helpers import create_request, run_to_end, tokens_of
+from parity import (
+    answers_of,
+    check_answers,
+    check_planned_memory,
+    create_llm,
+    greedy,
+    ids_of,
+    load_reference,
+    needs_native,
+    prompts_of,
+)
 
-from octavo import LLM, SamplingParams
-from octavo.config import DeviceFacts, EngineOptions
-from octavo.config.memory_plan import plan_memory
-from octavo.config.planned_devices import device_budget
+from octavo import SamplingParams
+from octavo.config import EngineOptions
 from octavo.engine import build_engine
-from octavo.engine.memory_report import TOLERANCE, measure_largest_step
-from octavo.kernels import native, reference_only
+from octavo.kernels import reference_only
 from octavo.testing.tiny_qwen3 import TINY_QWEN3_CONFIG, write_tiny_qwen3
 
 NUM_TOKENS = 40
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-PROMPTS = [
-    {"prompt_token_ids": [(31 * i + 7 * n) % 301 for i in range(n)]}
-    for n in (1, 2, 15, 16, 17, 33, 100, 256)
-]
+GREEDY = greedy(NUM_TOKENS)
+PROMPTS = prompts_of(1, 2, 15, 16, 17, 33, 100, 256)
 
 VARIANTS = {
     "untied": {},
@@ -44,11 +47,7 @@ VARIANTS = {
 
 
 def tokens(llm, prompts=PROMPTS, sampling=GREEDY):
-    return [o.outputs[0].token_ids for o in llm.generate(prompts, sampling, use_tqdm=False)]
-
-
-def create_llm(model, **options):
-    return LLM(str(model), **({"kv_cache_memory_bytes": 2**24} | options), check_integrity=True)
+    return ids_of(llm, prompts, sampling)
 
 
 def build(model, **options):
@@ -57,21 +56,11 @@ def build(model, **options):
 
 
 @pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
-@torch.inference_mode()
 def test_greedy_tokens_are_those_of_transformers(tmp_path, variant):
-    from transformers import AutoModelForCausalLM
-
     model = write_tiny_qwen3(tmp_path / "tiny", **variant)
-    reference = AutoModelForCausalLM.from_pretrained(
-        model, dtype=torch.float32, attn_implementation="eager"
-    )
+    reference = load_reference(model)
     assert type(reference).__name__ == "Qwen3ForCausalLM"
-    llm = create_llm(model)
-    for prompt, answer in zip(PROMPTS, tokens(llm), strict=True):
-        ids = torch.tensor([prompt["prompt_token_ids"] + answer])
-        logits = reference(ids).logits[0, -NUM_TOKENS - 1 : -1]
-        assert logits.argmax(-1).tolist() == answer
-        assert len(set(answer)) > 3  # a model that repeats itself would prove little
+    check_answers(reference, PROMPTS, answers_of(create_llm(model), PROMPTS, GREEDY))
 
 
 @pytest.fixture(scope="module")
@@ -136,19 +125,14 @@ MOMENTS = [
 ]
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="no compiled kernels")
+@needs_native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("compiled", "changes", "moment"), MOMENTS)
 def test_memory_is_as_planned(tmp_path, dtype, compiled, changes, moment):
     model = write_tiny_qwen3(tmp_path / "tiny", **changes)
-    options = {"dtype": dtype, "max_num_seqs": 64, "max_num_batched_tokens": 512}
-    with contextlib.nullcontext() if compiled else reference_only():
-        engine = build(model, **options)
-    budget = device_budget(DeviceFacts("cpu", "a CPU", 1, 2**40, 2**40), major=0, utilization=1.0)
-    plan = plan_memory(engine.config, budget, compiled=None if compiled else frozenset())
-    assert plan.peak.name == moment
-    measured = measure_largest_step(engine.core, engine.config)
-    assert plan.activation_bytes == pytest.approx(measured, rel=TOLERANCE)
+    engine = check_planned_memory(
+        model, moment=moment, compiled=compiled, dtype=dtype, max_num_seqs=64
+    )
     if compiled:
         weights = engine.memory.lines[0]
         assert weights.planned_bytes == weights.measured_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from faults import plant
-from faults.aftermath import RSS_FLOOR_BYTES, golden, unharmed
+from faults.aftermath import golden, unharmed
 from faults.processes import PROMPT, Server, serving
 from faults.refused import CHAT, COMPLETIONS, REFUSED, ask, field
 from tokenizers import Tokenizer
@@ -53,9 +53,8 @@ def survivor(model: Path, fault: Path) -> Iterator[Server]:
     flags += ["--max-num-seqs", "4", "--max-num-queued-reqs", "4", "--tool-call-parser", "hermes"]
     flags += ["--read-timeout-s", "1", "--write-timeout-s", "1"]
     flags += ["--served-model-name", LONG_NAME]
-    # Blocks are in RAM from their first use on: all of them together are less than what a row may
-    # grow by.
-    flags += ["--kv-cache-memory-bytes", str(RSS_FLOOR_BYTES // 2)]
+    # Blocks are in RAM from their first use on: few enough for the warm-up to use them all.
+    flags += ["--kv-cache-memory-bytes", str(2**21)]
     environment = plant.environment(fault.parent, fault)
     with serving(model, *flags, environment=environment, headers=HEADERS) as server:
         warm_up(server)
@@ -69,7 +68,8 @@ def warm_up(server: Server) -> None:
             ask(server, row)
     chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
     shapes = [field(structured_outputs={"regex": f"[ab]{{1,{i}}}"}) for i in range(1, 20)]
-    bodies = [(COMPLETIONS, shape) for shape in shapes]
+    long = [field(prompt=[i] * 16, n=4, max_tokens=490, ignore_eos=True) for i in range(4)]
+    bodies = [(COMPLETIONS, body) for body in shapes + long]
     bodies += [(CHAT, json.dumps(chat).encode())] * 20 + [(COMPLETIONS, field(n=4))] * 40
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(lambda body: ask(server, (*body, 0, None, None)), bodies))

@@ -6,6 +6,7 @@
     starve       no block is free for anybody
     oom          one layer, once, finds no memory
     nan          one layer, once, makes the last row of a step not finite
+    draw         one draw, once, gives the last row of a step an id beyond the vocabulary
     yesterday    the wall clock has jumped back
 
 `environment` makes every Python process below ours run `plant` before anything else.
@@ -60,8 +61,9 @@ def _plant_in_layers(file: Path) -> None:
     import torch
 
     from octavo.layers import GatedMLP
+    from octavo.runner.stages import Stages
 
-    forward = GatedMLP.forward
+    forward, build = GatedMLP.forward, Stages.__init__
 
     def compute(self: GatedMLP, x: torch.Tensor) -> torch.Tensor:
         kind = _read(file)
@@ -73,7 +75,21 @@ def _plant_in_layers(file: Path) -> None:
             x = x.index_fill(0, torch.tensor([len(x) - 1]), float("nan"))
         return forward(self, x)
 
+    def build_faulty(self: Stages, *arguments: Any, **options: Any) -> None:
+        build(self, *arguments, **options)
+        kernel = self._draw
+
+        def draw(logits: torch.Tensor, options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+            token_ids, is_finite = kernel(logits, options)
+            if _read(file) == "draw":
+                file.unlink()
+                token_ids[-1] = logits.shape[1]
+            return token_ids, is_finite
+
+        self._draw = draw
+
     GatedMLP.forward = compute  # type: ignore[method-assign]
+    Stages.__init__ = build_faulty  # type: ignore[method-assign]
 
 
 def _read(file: Path) -> str:

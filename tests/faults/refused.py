@@ -74,8 +74,8 @@ REFUSED: dict[str, Row] = {
             }
         ).encode(),
         400,
-        None,
-        None,
+        "invalid_grammar",
+        "response_format",
     ),
     "F22-invalid": (COMPLETIONS, field(structured_outputs={"regex": "("}), 400, None, None),
     "F22-large": (COMPLETIONS, field(structured_outputs={"regex": "a" * 2**20}), 400, None, None),

@@ -143,17 +143,22 @@ def test_F11_what_fits_the_models_context_and_never_the_pool_is_refused_at_once(
     pool = ["--kv-cache-memory-bytes", str(num_tokens * token_bytes)]
     with serving(model, *pool) as server:
         fits = {"prompt": [1] * 28, "max_tokens": 100}
-        server.complete(**fits)
+
+        def crowd() -> None:
+            streams = [Stream(server, **fits, n=2) for _ in range(3)]
+            assert all(stream.join().is_whole for stream in streams)
+
+        crowd()  # once to be warm
         with unharmed(server, expected):
+            num_preemptions = server.metric("num_preemptions_total")
             for stream in (False, True):
                 response = server.complete(prompt=[1] * 28, max_tokens=101, stream=stream)
                 assert response.status_code == 400, response.text
                 error = response.json()["error"]
                 assert error["code"] == "context_length_exceeded"
                 assert "129" in error["message"] and "128" in error["message"]
-            streams = [Stream(server, **fits, n=2) for _ in range(3)]
-            assert all(stream.join().is_whole for stream in streams)
-            assert server.metric("num_preemptions_total") > 0  # together they do not fit
+            crowd()
+            assert server.metric("num_preemptions_total") > num_preemptions  # they do not fit
 
 
 def test_P9_a_failed_step_ends_its_requests_and_nobody_elses(server: Server, fault: Path) -> None:
@@ -190,16 +195,21 @@ def test_F43_where_memory_runs_out_one_request_gives_way_and_the_others_lose_not
     assert "GiB" not in response.text
 
 
-def test_F44_a_row_that_is_not_finite_fails_alone(server: Server, fault: Path) -> None:
+@pytest.mark.parametrize("kind", ["nan", "draw"], ids=["F44-not-finite", "F45-no-such-id"])
+def test_a_row_that_fails_fails_alone(server: Server, fault: Path, kind: str) -> None:
     fields = {"max_tokens": 150, "temperature": 0}
     clean = Stream(server, **fields).join().said
     streams = [Stream(server, **fields) for _ in range(4)]
     server.until(lambda: all(stream.text.count("data: {") > 5 for stream in streams))
-    fault.write_text("nan")
+    fault.write_text(kind)
     ended = [stream.join() for stream in streams]
     [failed] = [stream for stream in ended if not stream.is_whole]
-    assert failed.error["code"] == "numerical_error"
+    assert (failed.error["type"], failed.error["code"]) == ("server_error", "numerical_error")
     assert [stream.said for stream in ended if stream.is_whole] == [clean] * 3
+    fault.write_text(kind)
+    response = server.complete()
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "numerical_error"
 
 
 def test_F49_the_wall_clock_may_jump(server: Server, fault: Path) -> None:

@@ -3,11 +3,12 @@
 import json
 import re
 import socket
+from itertools import count, islice
 from typing import Any
 
 import httpx
 import pytest
-from faults.aftermath import note_baseline
+from faults.aftermath import play_until_it_adds_nothing
 from faults.conftest import LONG_NAME
 from faults.processes import PROMPT, Server
 from faults.refused import CHAT, COMPLETIONS, ask_for_shape
@@ -44,12 +45,14 @@ def test_F02_a_body_without_end_is_cut_off_while_it_comes(server: Server) -> Non
     head = head_of(server, COMPLETIONS, 0).replace(
         b"content-length: 0", b"transfer-encoding: chunked"
     )
-    for _ in range(2):
-        note_baseline(server)
+
+    def flood() -> None:
         with connect(server) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
             connection.sendall(head)
             for _ in range(2**10):
                 connection.sendall(b"10000\r\n" + b"x" * 2**16 + b"\r\n")
+
+    play_until_it_adds_nothing(server, flood)
 
 
 def test_F03_headers_without_end(server: Server) -> None:
@@ -83,12 +86,15 @@ def test_F22_an_expression_that_makes_others_backtrack_costs_nothing(server: Ser
 
 
 def test_F23_many_shapes_are_all_served(server: Server) -> None:
-    for number in range(NUM_SHAPES_TO_FILL):
-        ask_for_shape(server, number)
-    note_baseline(server)
-    for number in range(NUM_SHAPES_TO_FILL):
-        response = ask_for_shape(server, -1 - number)
-        assert response.status_code == 200, response.text
+    numbers = count()
+
+    def fill() -> None:
+        for number in islice(numbers, NUM_SHAPES_TO_FILL):
+            response = ask_for_shape(server, number)
+            assert response.status_code == 200, response.text
+
+    fill()
+    play_until_it_adds_nothing(server, fill)
 
 
 def test_F26_what_is_no_call_is_content(server: Server) -> None:
@@ -125,18 +131,21 @@ def test_F36_a_reader_that_stops_reading_is_given_up_and_others_notice_nothing(
     server: Server,
 ) -> None:
     given_up = 'request_success_total{finished_reason="abort"}'
-    num_before = server.metric(given_up)
     body = {"prompt": PROMPT, "stream": True, "n": 4, "max_tokens": 450, "ignore_eos": True}
     payload = json.dumps(body | {"model": LONG_NAME}).encode()
-    for number in (1, 2):
-        note_baseline(server)
+
+    def stall() -> None:
+        num_before = server.metric(given_up)
         with connect(server) as connection:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.sendall(head_of(server, COMPLETIONS, len(payload)) + payload)
             server.until(lambda: server.metric("num_requests_running"))
             assert server.complete(prompt=PROMPT).status_code == 200
             # The engine may be done with it long before its reader is given up.
-            server.until(lambda n=number: server.metric(given_up) == num_before + 4 * n)
+            server.until(lambda: server.metric(given_up) == num_before + 4)
+
+    stall()
+    play_until_it_adds_nothing(server, stall)
 
 
 def test_a_client_that_speaks_no_http_does_not_fill_the_log(server: Server) -> None:

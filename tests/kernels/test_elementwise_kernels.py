@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from octavo.kernels import (
@@ -97,33 +100,29 @@ def test_rms_norm_refuses_what_it_would_misread(isa):
         norm(x.half(), weight.half(), 1e-5)
 
 
+GATES = [(SILU_MUL, functional.silu), (GELU_TANH_MUL, partial(functional.gelu, approximate="tanh"))]
+gates = pytest.mark.parametrize(("op", "activation"), GATES, ids=["silu", "gelu"])
+
+
+@gates
 @pytest.mark.parametrize("shape", SHAPES)
-def test_silu_mul_equals_its_reference(isa, dtype, shape):
+def test_gates_equal_their_references(isa, dtype, shape, op, activation):
     x = 3 * torch.randn(shape[0], 2 * shape[1], dtype=dtype)
-    close(chosen(SILU_MUL, dtype)(x), SILU_MUL.reference(x.float()).to(dtype))
+    gate, up = x.float().chunk(2, dim=1)
+    close(chosen(op, dtype)(x), (activation(gate) * up).to(dtype))
+    close(op.reference(x.float()), activation(gate) * up)
 
 
-def test_silu_mul_saturates_without_nan(isa, dtype):
+@gates
+def test_gates_saturate_without_nan(isa, dtype, op, activation):
     gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]], dtype=dtype)
-    ours = chosen(SILU_MUL, dtype)(torch.cat((gate, torch.ones_like(gate)), dim=1))
-    close(ours, torch.nn.functional.silu(gate))
+    ours = chosen(op, dtype)(torch.cat((gate, torch.ones_like(gate)), dim=1))
+    close(ours, activation(gate))
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_gelu_tanh_mul_equals_its_reference(isa, dtype, shape):
-    x = 3 * torch.randn(shape[0], 2 * shape[1], dtype=dtype)
-    close(chosen(GELU_TANH_MUL, dtype)(x), GELU_TANH_MUL.reference(x.float()).to(dtype))
-
-
-def test_gelu_tanh_mul_saturates_without_nan(isa, dtype):
-    gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]], dtype=dtype)
-    ours = chosen(GELU_TANH_MUL, dtype)(torch.cat((gate, torch.ones_like(gate)), dim=1))
-    close(ours, torch.nn.functional.gelu(gate, approximate="tanh"))
-
-
-@pytest.mark.parametrize("op", [SILU_MUL, GELU_TANH_MUL], ids=["silu", "gelu"])
-def test_gates_refuse_an_odd_width(isa, op):
-    with pytest.raises(ValueError, match="2I"):
+@gates
+def test_gates_refuse_an_odd_width(isa, op, activation):
+    with pytest.raises(ValueError, match=f"{op.name}.*2I"):
         chosen(op, torch.float32)(torch.randn(2, 7))
 
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as functional
 
 from octavo.kernels import GATED_LINEAR, Case
+from octavo.kernels.gated_activations import reference_silu_mul
 from octavo.kernels.gated_linear import reference_gated_linear
-from octavo.kernels.silu_mul import reference_silu_mul
 
 # In a process of its own: where Triton interprets, as it does in these tests, nothing is compiled.
 COMPILE = """

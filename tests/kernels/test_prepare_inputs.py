@@ -7,6 +7,7 @@ import torch
 
 from octavo.kernels import (
     KNOWN_TO_THE_DEVICE,
+    NO_SUCH_ID,
     NOT_FINITE,
     PREPARE_INPUTS,
     DeviceRows,
@@ -23,9 +24,14 @@ PADDING_SLOT = 9_999
 
 
 def random_step(rng, *, block_size, num_fillers, num_spare_tokens):
-    """Shares with fillers and tokens of nobody, rows, and what must come of them."""
-    num_rows, width = 9, 40
-    tables = torch.randint(0, 600, (num_rows, width), dtype=torch.int32)
+    """Shares with fillers and tokens of nobody, rows, and what must come of them.
+
+    The tables are those of one group of layers among several, all of them in one line a row.
+    """
+    num_rows, width, num_groups = 9, 40, rng.choice((1, 2, 3))
+    group = slice(width * rng.randrange(num_groups), None)
+    all_tables = torch.randint(0, 600, (num_rows, num_groups * width), dtype=torch.int32)
+    tables = all_tables[:, group][:, :width]
     last_ids = torch.randint(0, 5000, (num_rows,))
     num_sequences = rng.randint(0, num_rows - 1)
     row_indices = rng.sample(range(num_rows - 1), num_sequences)
@@ -56,7 +62,7 @@ def random_step(rng, *, block_size, num_fillers, num_spare_tokens):
             for values in (row_indices, starts, query_starts, given)
         )
     )
-    rows = DeviceRows(tables.to(DEVICE), last_ids.to(DEVICE))
+    rows = DeviceRows(all_tables.to(DEVICE)[:, group][:, :width], last_ids.to(DEVICE))
     return shares, rows, expected, lengths + [0] * num_fillers
 
 
@@ -108,8 +114,19 @@ def test_a_draw_is_remembered_and_a_failed_one_is_marked(num_draws, implementati
     rows = torch.randperm(400, device=DEVICE)[:num_draws].int()
     last = torch.full((400,), 77, device=DEVICE)
     seen = token_ids.clone()
-    RECORDERS[implementation](seen, is_finite, rows, last)
+    RECORDERS[implementation](seen, is_finite, rows, last, vocab_size=5000)
     assert torch.equal(seen, torch.where(is_finite, token_ids, NOT_FINITE))
     expected = torch.full((400,), 77, device=DEVICE)
     expected[rows.long()] = token_ids
     assert torch.equal(last, expected)
+
+
+@pytest.mark.parametrize("implementation", RECORDERS)
+def test_F45_an_id_beyond_the_vocabulary_is_marked_and_never_fed_back(implementation):
+    drawn = torch.tensor([99, 100, 2**40, -1, 0, 100], device=DEVICE)
+    is_finite = torch.tensor([True] * 5 + [False], device=DEVICE)
+    rows = torch.tensor([4, 3, 2, 1, 0, 5], device=DEVICE, dtype=torch.int32)
+    last = torch.full((6,), 77, device=DEVICE)
+    RECORDERS[implementation](drawn, is_finite, rows, last, vocab_size=100)
+    assert drawn.tolist() == [99, NO_SUCH_ID, NO_SUCH_ID, NO_SUCH_ID, 0, NOT_FINITE]
+    assert last.tolist() == [0, 0, 0, 0, 99, 0]

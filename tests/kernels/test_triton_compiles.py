@@ -22,10 +22,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from octavo.kernels.triton_decode_attention import _attend as decode
+from octavo.kernels.triton_gated_activations import _gate
+from octavo.kernels.triton_encoder_attention import TILES
+from octavo.kernels.triton_encoder_attention import _attend as encoder
+from octavo.kernels.triton_lora import _expand, _shrink
 from octavo.kernels.triton_paged_attention import _attend as prompt
 from octavo.kernels.triton_rms_norm import _rms_norm
 from octavo.kernels.triton_rotary_kv_write import _rotary_kv_write
-from octavo.kernels.triton_silu_mul import _gate
 
 heads = dict(KV_HEADS=2, GROUP=4, BLOCK_SIZE=16, DIM=64, DIM_PAD=64, PRECISION="tf32")
 few = dict(BATCH_PAD=16, ROWS=16, ROW_TILES=1, MAX_QUERIES=4, KEYS_LOG=6, CHUNK_LOG=8,
@@ -33,16 +36,25 @@ few = dict(BATCH_PAD=16, ROWS=16, ROW_TILES=1, MAX_QUERIES=4, KEYS_LOG=6, CHUNK_
 many = dict(BATCH_PAD=128, ROWS=128, KEYS=64, FEW_QUERIES=4)
 turn = dict(HEADS=8, KV_HEADS=2, BLOCK_SIZE=16, DIM=64, HALF_PAD=32, AT_ONCE=16, QUERY_PROGRAMS=1,
             ROTARY_DIM=64, NORM=True)
+ROWS, KEYS, _, _ = TILES[2, 128]
+segments = dict(ROWS=ROWS, KEYS=KEYS, DIM=80, PADDED=128, PRECISION="tf32")
+lora = dict(BLOCK_T=32, BLOCK_R=16)
+shrink = dict(ROWS=48, DEPTH=4096, SPLIT=512, BLOCKS=3, BLOCK_K=64) | lora
+expand = dict(RANK=16, PARTS=3, SPLITS=8, FIRST=4096, SECOND=1024, THIRD=1024, BLOCK_N=128) | lora
 constants = {
+    "shrink": (_shrink, shrink), "expand": (_expand, expand),
+    "encoder": (encoder, segments),
     "decode": (decode, heads | few), "prompt": (prompt, heads | many),
     "norm": (_rms_norm, dict(WIDTH=576, PADDED=1024, HAS_RESIDUAL=True)),
     "rotation": (_rotary_kv_write, turn), "gate": (_gate, dict(WIDTH=576, STRETCH=1024)),
 }
-bf16 = "query key value kv_cache out x residual normed"
-fp32 = "parts tops sums cos_sin weight query_weight key_weight"
+bf16 = "query key value kv_cache out x residual normed a b y"
+fp32 = "parts tops sums cos_sin weight query_weight key_weight shrunk"
 kinds = {name: "*bf16" for name in bf16.split()}
 kinds |= {name: "*fp32" for name in fp32.split()}
-kinds |= {name: "*i32" for name in "query_starts context_lens block_tables arrivals".split()}
+lengths = "query_starts key_starts context_lens block_tables arrivals"
+kinds |= {name: "*i32" for name in lengths.split()}
+kinds |= {"order": "*i32", "table": "*i32"}
 kinds |= {"positions": "*i64", "slots": "*i64", "scale_log2": "fp32", "eps": "fp32"}
 
 for name, options in json.loads(sys.argv[1]):
@@ -83,3 +95,17 @@ def test_attention_in_windows_compiles(tmp_path):
 
 def test_norms_with_wide_weights_and_gelu_compile(tmp_path):
     num_products(tmp_path, ("norm", {}), ("rotation", {}), ("gate", {"GELU": True}))
+
+
+def test_attention_within_segments_compiles(tmp_path):
+    padded, plain, small = num_products(
+        tmp_path, ("encoder", {}), ("encoder", {"DIM": 128}), ("encoder", {"DIM": 64, "PADDED": 64})
+    )
+    # Scores and values, each in two loops: full tiles, and the last one.
+    assert padded == plain > 0 and small > 0
+
+
+def test_lora_compiles(tmp_path):
+    deep = {"RANK": 100, "BLOCK_R": 64}
+    found = num_products(tmp_path, ("shrink", {}), ("expand", {}), ("expand", deep))
+    assert all(found)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 pytest.importorskip("triton")
 
 from octavo.kernels import (
-    GELU_TANH_MUL,
     KV_WRITE,
     LAYER_NORM,
     QK_NORM_ROTARY_KV_WRITE,
     RMS_NORM,
     ROTARY_KV_WRITE,
-    SILU_MUL,
     Case,
 )
+from octavo.kernels.triton_gated_activations import triton_gelu_tanh_mul, triton_silu_mul
 from octavo.kernels.triton_layer_norm import triton_layer_norm
 from octavo.kernels.triton_rms_norm import triton_rms_norm
 from octavo.kernels.triton_rotary_kv_write import (
@@ -25,7 +27,6 @@ from octavo.kernels.triton_rotary_kv_write import (
     triton_qk_norm_rotary_kv_write,
     triton_rotary_kv_write,
 )
-from octavo.kernels.triton_silu_mul import triton_gelu_tanh_mul, triton_silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter cuts bf16 off where a GPU rounds.
@@ -113,37 +114,33 @@ def test_rms_norm_refuses_what_it_would_misread():
         triton_rms_norm(x, weight, 1e-5, x[:, :7])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_silu_mul(poisoned, dtype, shape):
-    x = 3 * normal(shape[0], 2 * shape[1], dtype=dtype)
-    close(triton_silu_mul(x), SILU_MUL.reference(x.float()).to(dtype))
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # as it should, on its way to 0
-def test_silu_mul_saturates_without_nan(dtype):
-    gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]]).to(DEVICE, dtype)
-    ours = triton_silu_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
-    close(ours, torch.nn.functional.silu(gate))
+GATES = [
+    (triton_silu_mul, functional.silu),
+    (triton_gelu_tanh_mul, partial(functional.gelu, approximate="tanh")),
+]
+gates = pytest.mark.parametrize(("gated", "activation"), GATES, ids=["silu", "gelu"])
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # as below
+@gates
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gelu_tanh_mul(poisoned, dtype, shape):
+def test_gates(poisoned, dtype, shape, gated, activation):
     x = 3 * normal(shape[0], 2 * shape[1], dtype=dtype)
-    close(triton_gelu_tanh_mul(x), GELU_TANH_MUL.reference(x.float()).to(dtype))
+    gate, up = x.float().chunk(2, dim=1)
+    close(gated(x), (activation(gate) * up).to(dtype))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")  # as it should, on its way to 0
-def test_gelu_tanh_mul_saturates_without_nan(dtype):
+@gates
+def test_gates_saturate_without_nan(dtype, gated, activation):
     gate = torch.tensor([[-1e30, -200.0, -1.0, 0.0, 1.0, 200.0, 1e30]]).to(DEVICE, dtype)
-    ours = triton_gelu_tanh_mul(torch.cat((gate, torch.ones_like(gate)), dim=1))
-    close(ours, torch.nn.functional.gelu(gate, approximate="tanh"))
+    close(gated(torch.cat((gate, torch.ones_like(gate)), dim=1)), activation(gate))
 
 
-@pytest.mark.parametrize("gate", [triton_silu_mul, triton_gelu_tanh_mul])
-def test_gates_refuse_an_odd_width(gate):
+@gates
+def test_gates_refuse_an_odd_width(gated, activation):
     with pytest.raises(ValueError, match="2I"):
-        gate(normal(2, 7, dtype=torch.float32))
+        gated(normal(2, 7, dtype=torch.float32))
 
 
 class Step:

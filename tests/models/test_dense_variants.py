@@ -2,20 +2,18 @@
 
 import json
 
+import parity
 import pytest
 import torch
+from parity import check_answers, greedy, ids_of, prompts_of
 from safetensors.torch import load_file, save_file
 
-from octavo import LLM, SamplingParams
 from octavo.config import locate, model_config_from_hf, read_model_config
 from octavo.errors import CheckpointError, ModelError, UnsupportedModelError
 from octavo.testing.tiny_models import TINY_MODELS, write_tiny_model
 
-NUM_TOKENS = 24
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-PROMPTS = [
-    {"prompt_token_ids": [(31 * i + 7 * n) % 301 for i in range(n)]} for n in (1, 17, 100, 150)
-]
+GREEDY = greedy(24)
+PROMPTS = prompts_of(1, 17, 100, 150)
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 64}
@@ -81,21 +79,15 @@ VARIANTS = {
 
 
 def create_llm(model, **options):
-    defaults = {"kv_cache_memory_bytes": 2**23, "dtype": "float32", "num_threads": 1}
-    return LLM(str(model), **(defaults | options), check_integrity=True)
+    return parity.create_llm(model, **({"dtype": "float32", "num_threads": 1} | options))
 
 
 def answers_of(llm, prompts=PROMPTS):
-    return [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    return parity.answers_of(llm, prompts, GREEDY)
 
 
-@torch.inference_mode()
-def check(reference, prompts, answers):
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([prompt["prompt_token_ids"] + answer])
-        logits = reference(ids).logits[0, -NUM_TOKENS - 1 : -1]
-        assert logits.argmax(-1).tolist() == answer
-        assert len(set(answer)) > 3  # a model that repeats itself would prove little
+def tokens(llm, prompts=PROMPTS):
+    return ids_of(llm, prompts, GREEDY)
 
 
 @pytest.mark.parametrize(("architecture", "changes"), VARIANTS.values(), ids=VARIANTS)
@@ -103,7 +95,7 @@ def test_greedy_tokens_are_those_of_transformers(tmp_path, architecture, changes
     reference = write_tiny_model(tmp_path, architecture, **changes)
     # Of "longrope", transformers turns a whole sequence by the long factors once it is long.
     prompts = PROMPTS[1:] if changes is LONG else PROMPTS
-    check(reference, prompts, answers_of(create_llm(tmp_path), prompts))
+    check_answers(reference, prompts, answers_of(create_llm(tmp_path), prompts))
 
 
 def test_an_engine_for_short_contexts_keeps_to_the_short_factors(tmp_path):
@@ -113,8 +105,9 @@ def test_an_engine_for_short_contexts_keeps_to_the_short_factors(tmp_path):
     )
     prompts = PROMPTS[:2]
     short = answers_of(create_llm(tmp_path, max_model_len=64), prompts)
-    check(reference, prompts, short)
-    assert answers_of(create_llm(tmp_path, max_model_len=65), prompts) != short
+    check_answers(reference, prompts, short)
+    longer = tokens(create_llm(tmp_path, max_model_len=65), prompts)
+    assert longer != [answer.token_ids for answer in short]
 
 
 def test_yarn_reaches_as_far_as_it_stretches():
@@ -131,8 +124,8 @@ def test_checkpoints_as_they_were_first_published(tmp_path, architecture):
     """Without the prefix, with causal masks, and with an old name of the output head."""
     untied = {"tie_word_embeddings": False}
     reference = write_tiny_model(tmp_path, architecture, **untied)
-    expected = answers_of(create_llm(tmp_path))
-    check(reference, PROMPTS, expected)
+    answers = answers_of(create_llm(tmp_path))
+    check_answers(reference, PROMPTS, answers)
     file = tmp_path / "model.safetensors"
     tensors = {}
     for name, tensor in load_file(file).items():
@@ -148,7 +141,7 @@ def test_checkpoints_as_they_were_first_published(tmp_path, architecture):
         tensors["gpt_neox.layers.0.attention.bias"] = torch.ones(1, 1, 256, 256).tril().bool()
         tensors["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
     save_file(tensors, file)
-    assert answers_of(create_llm(tmp_path)) == expected
+    assert tokens(create_llm(tmp_path)) == [answer.token_ids for answer in answers]
 
 
 def test_a_tensor_with_and_without_its_prefix_is_refused(tmp_path):

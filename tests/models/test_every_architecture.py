@@ -5,37 +5,38 @@ A row that is added to the table is tested here at once, and fails until it has 
 
 import re
 
+import parity
 import pytest
 import torch
+from parity import (
+    answers_of,
+    check_answers,
+    check_planned_memory,
+    greedy,
+    ids_of,
+    needs_native,
+    prompts_of,
+)
 from safetensors.torch import load_file, save_file
 
-from octavo import LLM, SamplingParams
-from octavo.config import DeviceFacts, EngineOptions, architectures
-from octavo.config.memory_plan import plan_memory
-from octavo.config.planned_devices import device_budget
+from octavo.config import architectures
 from octavo.config.plugins import EVERY_ARCHITECTURE
-from octavo.engine import build_engine
-from octavo.engine.memory_report import TOLERANCE, measure_largest_step
 from octavo.errors import CheckpointError
-from octavo.kernels import native
 from octavo.testing.tiny_models import TINY_MODELS, write_tiny_model
 
 NUM_TOKENS = 24
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
-PROMPTS = [
-    {"prompt_token_ids": [(31 * i + 7 * n) % 301 for i in range(n)]} for n in (1, 16, 17, 100)
-]
+GREEDY = greedy(NUM_TOKENS, logprobs=1)
+PROMPTS = prompts_of(1, 16, 17, 100)
 NAMES = sorted(name for name in architectures() if name in TINY_MODELS)
 
 
 def create_llm(model, **options):
     # Nothing here is large enough for two threads.
-    defaults = {"kv_cache_memory_bytes": 2**22, "dtype": "float32", "num_threads": 1}
-    return LLM(str(model), **(defaults | options), check_integrity=True)
+    return parity.create_llm(model, **({"dtype": "float32", "num_threads": 1} | options))
 
 
 def tokens(llm, prompts=PROMPTS):
-    return [o.outputs[0].token_ids for o in llm.generate(prompts, GREEDY, use_tqdm=False)]
+    return ids_of(llm, prompts, GREEDY)
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -53,7 +54,7 @@ def model(tiny):
 @pytest.fixture(scope="module")
 def answers(model):
     """Of the engine as it is by default: all prompts together, none of them cut."""
-    return [o.outputs[0] for o in create_llm(model).generate(PROMPTS, GREEDY, use_tqdm=False)]
+    return answers_of(create_llm(model), PROMPTS, GREEDY)
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +70,8 @@ def test_every_architecture_has_a_tiny_config():
     assert tested_here == set(TINY_MODELS)
 
 
-@torch.inference_mode()
 def test_tokens_and_likelihoods_are_those_of_transformers(tiny, answers):
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        ids = torch.tensor([prompt["prompt_token_ids"] + answer.token_ids])
-        logits = tiny[1](ids).logits[0, -NUM_TOKENS - 1 : -1].float()
-        assert logits.argmax(-1).tolist() == answer.token_ids
-        assert len(set(answer.token_ids)) > 3  # a model that repeats itself would prove little
-        found = torch.tensor([step.logprob for step in answer.logprobs])
-        likelihoods = logits.log_softmax(-1).max(-1).values
-        torch.testing.assert_close(found, likelihoods, rtol=1e-4, atol=1e-4)
+    check_answers(tiny[1], PROMPTS, answers)
 
 
 @pytest.mark.parametrize(
@@ -137,18 +130,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_tensors_name(model, tm
     assert re.search(re.escape(name), str(caught.value))
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="no compiled kernels")
+@needs_native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memory_is_as_planned(model, dtype):
-    options = {"device": "cpu", "kv_cache_memory_bytes": 2**24, "dtype": dtype}
-    options |= {"max_num_seqs": 32, "max_num_batched_tokens": 512, "num_threads": 1}
-    measured = 0
-    while not measured:  # torch's profiler now and then has no events at all of so short a step
-        engine = build_engine(EngineOptions.from_flat(str(model), options))
-        measured = measure_largest_step(engine.core, engine.config)
-    budget = device_budget(DeviceFacts("cpu", "a CPU", 1, 2**40, 2**40), major=0, utilization=1.0)
-    plan = plan_memory(engine.config, budget)
-    assert plan.activation_bytes == pytest.approx(measured, rel=TOLERANCE)
-    for line in engine.memory.lines:
-        if line.measured_bytes is not None:
-            assert line.planned_bytes == pytest.approx(line.measured_bytes, rel=TOLERANCE), line
+    check_planned_memory(model, dtype=dtype, max_num_seqs=32, num_threads=1)

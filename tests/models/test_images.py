@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import json
 import shutil
 
 import numpy as np
@@ -11,9 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from octavo import LLM, SamplingParams
+from octavo.config import locate, read_model_config
+from octavo.config.planned_vision import encoder_parts
 from octavo.errors import CapacityError, CheckpointError, InvalidImageError
 from octavo.runner.images import largest_pictures
-from octavo.testing.tiny_models import PREPROCESSORS, write_tiny_model
+from octavo.testing.tiny_models import TINY_MODELS, reference_logits, write_tiny_model
+from octavo.text import load_tokenizer
 from octavo.vision import num_image_tokens
 from octavo.vision.prompts import ImageReader
 
@@ -72,15 +76,23 @@ def tokens(llm, prompts=PROMPTS):
 PROCESSORS = {
     "llava": ("clip", "CLIPImageProcessorPil", 16),
     "llava_next": ("llava_next", "LlavaNextImageProcessorPil", 16 + 64 + 8),
+    "blip2": ("blip", "BlipImageProcessorPil", 18),
+    "minigpt4": ("blip", "BlipImageProcessorPil", 18),
     "qwen2_5_vl": ("qwen2_vl", "Qwen2VLImageProcessorPil", 25),
 }
+
+
+# Of shapes that are no architecture of their own: which one, and what differs.
+LLAMA = TINY_MODELS["llava"]["text_config"]
+SHAPES = {"minigpt4": ("blip2", {"text_config": LLAMA})}
 
 
 @pytest.fixture(scope="module", params=PROCESSORS)
 def tiny(request, tmp_path_factory):
     """(directory of the checkpoint, transformers' model)"""
     directory = tmp_path_factory.mktemp("models") / request.param
-    return directory, write_tiny_model(directory, request.param)
+    architecture, changes = SHAPES.get(request.param, (request.param, {}))
+    return directory, write_tiny_model(directory, architecture, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +121,8 @@ def expected(answers):
 def test_tokens_and_likelihoods_are_those_of_transformers(tiny, answers):
     folder, name, _ = PROCESSORS[tiny[0].name]
     module = importlib.import_module(f"transformers.models.{folder}.image_processing_pil_{folder}")
-    process = getattr(module, name)(**PREPROCESSORS[tiny[0].name])
+    config = json.loads((tiny[0] / "preprocessor_config.json").read_text())
+    process = getattr(module, name)(**config)
     for one, output in zip(PROMPTS, answers, strict=True):
         answer, inputs = output.outputs[0], {}
         if images := one.get("multi_modal_data", {}).get("image"):
@@ -117,12 +130,26 @@ def test_tokens_and_likelihoods_are_those_of_transformers(tiny, answers):
         ids = torch.tensor([output.prompt_token_ids + answer.token_ids])
         if tiny[0].name == "qwen2_5_vl":
             inputs["mm_token_type_ids"] = (ids == PLACEHOLDER).int()
-        logits = tiny[1](ids, **inputs).logits[0, -NUM_TOKENS - 1 : -1]
+        logits = reference_logits(tiny[1], ids, **inputs)[0, -NUM_TOKENS - 1 : -1]
         assert logits.argmax(-1).tolist() == answer.token_ids
         found = torch.tensor([step.logprob for step in answer.logprobs])
         likelihoods = logits.log_softmax(-1).max(-1).values
         torch.testing.assert_close(found, likelihoods, rtol=1e-4, atol=1e-4)
     assert len({token for answer in answers for token in answer.outputs[0].token_ids}) > 10
+
+
+def test_weights_of_the_encoder_are_as_many_as_planned(tiny):
+    vision = read_model_config(locate(str(tiny[0]))).vision
+    planned = sum(
+        copies * (sum(rows * columns for rows, columns in matrices) + num_values)
+        for matrices, num_values, copies in encoder_parts(vision)
+    )
+    # CLIP's last layer lies behind the one that is asked for: nobody holds it.
+    without = ("language_model", "lm_head", "post_layernorm.", "vision_tower.encoder.layers.2.")
+    if not tiny[0].name.startswith("llava"):
+        without = without[:2]
+    theirs = tiny[1].named_parameters()
+    assert planned == sum(p.numel() for n, p in theirs if not any(one in n for one in without))
 
 
 @pytest.mark.parametrize(
@@ -213,14 +240,26 @@ def test_what_cannot_be_seen_is_refused(model, tmp_path):
         generate(llm, [PROMPTS[0] | {"multi_modal_data": {"image": [CAT, CAT]}}])
     with pytest.raises(InvalidImageError, match=r"not within the limits"):
         generate(llm, [prompt(picture(1, 40), 3)])
-    with pytest.raises(InvalidImageError, match="not video"):
-        generate(llm, [PROMPTS[0] | {"multi_modal_data": {"video": [CAT]}}])
+    with pytest.raises(InvalidImageError, match="not audio"):
+        generate(llm, [PROMPTS[0] | {"multi_modal_data": {"audio": [CAT]}}])
     with pytest.raises(InvalidImageError, match="PIL"):
         generate(llm, [PROMPTS[0] | {"multi_modal_data": {"image": b"bytes"}}])
     write_tiny_model(tmp_path / "blind", "llama")
     with pytest.raises(InvalidImageError, match="sees no images"):
         generate(create_llm(tmp_path / "blind"), [PROMPTS[0]])
     assert len(tokens(llm, PROMPTS[:1])[0]) == NUM_TOKENS  # and it goes on
+
+
+def test_blip2s_images_come_before_all_else_where_the_prompt_names_no_place(tmp_path):
+    write_tiny_model(tmp_path, "blip2")
+    llm = create_llm(tmp_path)
+    text = "Question: what is this? Answer:"
+    data = {"multi_modal_data": {"image": [CAT, DOG]}}
+    ids = load_tokenizer(locate(str(tmp_path))).encode(text)
+    named = [PLACEHOLDER, PLACEHOLDER, *ids]
+    outputs = generate(llm, [{"prompt": text} | data, {"prompt_token_ids": named} | data])
+    assert outputs[0].prompt_token_ids == [PLACEHOLDER] * 36 + ids
+    assert outputs[0].outputs[0].token_ids == outputs[1].outputs[0].token_ids
 
 
 def test_an_engine_that_slept_encodes_anew(model, expected):

@@ -2,24 +2,26 @@
 
 import json
 
+import parity
 import pytest
-import torch
+from parity import (
+    answers_of,
+    check_answers,
+    check_planned_memory,
+    greedy,
+    ids_of,
+    needs_native,
+    prompts_of,
+)
 
-from octavo import LLM, SamplingParams
-from octavo.config import DeviceFacts, EngineOptions, model_config_from_hf
-from octavo.config.memory_plan import plan_memory
-from octavo.config.planned_devices import device_budget
-from octavo.engine import build_engine
-from octavo.engine.memory_report import TOLERANCE, measure_largest_step
+from octavo import SamplingParams
+from octavo.config import model_config_from_hf
 from octavo.errors import CheckpointError, UnsupportedModelError
-from octavo.kernels import native, reference_only
+from octavo.kernels import reference_only
 from octavo.testing.tiny_models import write_tiny_model
 
-NUM_TOKENS = 12
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
-PROMPTS = [
-    {"prompt_token_ids": [(31 * i + 7 * n) % 301 for i in range(n)]} for n in (1, 21, 22, 110)
-]
+GREEDY = greedy(12, logprobs=1)
+PROMPTS = prompts_of(1, 21, 22, 110)
 
 VARIANTS = {
     "mistral without a window": ("mistral", {"sliding_window": None}),
@@ -66,29 +68,18 @@ VARIANTS = {
 
 
 def create_llm(model, **options):
-    defaults = {"kv_cache_memory_bytes": 2**22, "dtype": "float32"}
-    return LLM(str(model), **(defaults | options), check_integrity=True)
-
-
-def answers_of(llm):
-    return [o.outputs[0] for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
+    return parity.create_llm(model, **({"dtype": "float32"} | options))
 
 
 def tokens(llm):
-    return [answer.token_ids for answer in answers_of(llm)]
+    return ids_of(llm, PROMPTS, GREEDY)
 
 
 @pytest.mark.parametrize(("architecture", "changes"), VARIANTS.values(), ids=VARIANTS)
-@torch.inference_mode()
 def test_every_option_is_applied_as_transformers_does(tmp_path, architecture, changes):
     reference = write_tiny_model(tmp_path / "tiny", architecture, **changes)
-    for prompt, answer in zip(PROMPTS, answers_of(create_llm(tmp_path / "tiny")), strict=True):
-        ids = torch.tensor([prompt["prompt_token_ids"] + answer.token_ids])
-        logits = reference(ids).logits[0, -NUM_TOKENS - 1 : -1].float()
-        assert logits.argmax(-1).tolist() == answer.token_ids
-        found = torch.tensor([step.logprob for step in answer.logprobs])
-        likelihoods = logits.log_softmax(-1).max(-1).values
-        torch.testing.assert_close(found, likelihoods, rtol=1e-4, atol=1e-4)
+    answers = answers_of(create_llm(tmp_path / "tiny"), PROMPTS, GREEDY)
+    check_answers(reference, PROMPTS, answers, min_distinct=1)
 
 
 @pytest.fixture(scope="module", params=["mistral", "gemma2", "gemma3"])
@@ -136,7 +127,7 @@ def test_what_is_outside_of_a_window_changes_nothing_and_what_is_inside_does(tmp
         assert likelihood(position) != unchanged
 
 
-@pytest.mark.skipif(native.unavailable() is not None, reason="no compiled kernels")
+@needs_native
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("changes", "moment"),
@@ -146,15 +137,9 @@ def test_memory_is_as_planned_where_nothing_is_compiled(tmp_path, dtype, changes
     """Norms with weights in fp32 hold more there, and gelu has a tensor of its own."""
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 258}
     write_tiny_model(tmp_path / "tiny", "gemma2", **sizes, **changes)
-    options = {"device": "cpu", "kv_cache_memory_bytes": 2**24, "dtype": dtype}
-    options |= {"max_num_seqs": 64, "max_num_batched_tokens": 512}
-    with reference_only():
-        engine = build_engine(EngineOptions.from_flat(str(tmp_path / "tiny"), options))
-    budget = device_budget(DeviceFacts("cpu", "a CPU", 1, 2**40, 2**40), major=0, utilization=1.0)
-    plan = plan_memory(engine.config, budget, compiled=frozenset())
-    assert plan.peak.name == moment
-    measured = measure_largest_step(engine.core, engine.config)
-    assert plan.activation_bytes == pytest.approx(measured, rel=TOLERANCE)
+    check_planned_memory(
+        tmp_path / "tiny", moment=moment, compiled=False, dtype=dtype, max_num_seqs=64
+    )
 
 
 PUBLISHED_GEMMA3 = {

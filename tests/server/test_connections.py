@@ -240,6 +240,24 @@ def test_broken_chunks_end_the_connection_and_leave_the_log_alone(
     assert len(lines) <= 20  # one for a connection: that its client is gone
 
 
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/nowhere", b"/v1/models"])
+@pytest.mark.parametrize("expects", [b"", b"expect: 100-continue\r\n"], ids=["", "continue"])
+def test_broken_chunks_that_come_with_the_head_are_answered_once(
+    server: LiveServer, path: bytes, expects: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The connection has said 400 before the application begins: what that says goes nowhere."""
+    head = (CHUNKED % path).replace(b"host: x\r\n", b"host: x\r\n" + expects)
+    with caplog.at_level(logging.INFO):
+        for _ in range(5):
+            with server.connect() as connection:
+                connection.sendall(head + b"no length\r\n")
+                told = read_all(connection)
+            assert told.startswith(b"HTTP/1.1 400") and told.count(b"HTTP/1.1") == 1
+        assert httpx.get(f"{server.url}/health").status_code == 200
+    lines = lines_of_a_server(caplog)
+    assert [r for r in lines if r.exc_info or r.levelno >= logging.WARNING] == []
+
+
 def test_requests_for_websockets_leave_the_log_alone(
     server: LiveServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import re
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ from PIL import Image
 from server.helpers import client_of
 from tokenizers import Tokenizer
 
+import octavo
 from octavo import LLM, SamplingParams
 from octavo.config import EngineOptions, locate
 from octavo.engine import AsyncEngine, EngineProcess, ServedModel
@@ -148,6 +151,29 @@ async def test_F17_a_placeholder_that_a_user_spells_is_text(
     assert prompt_of(engine)[1] == "USER: [image]\n<image> ASSISTANT:"
 
 
+async def test_blip2s_images_come_first_whatever_the_template_says(tmp_path: Path) -> None:
+    """With the template of docs/vision.md, which has no place for images."""
+    page = (Path(octavo.__file__).parents[1] / "docs" / "vision.md").read_text()
+    [template] = re.findall(r"```\n(\{%- for message.*?)\n```", page, re.S)
+    write_tiny_model(tmp_path, "blip2")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    engine, checkpoint = FakeEngine(), locate(str(tmp_path))
+    tokenizer, reader = load_tokenizer(checkpoint), load_image_reader(checkpoint)
+    engine.model = ServedModel(engine.name, 4096, 303, tokenizer, images=reader)
+    async with client_of(engine) as client:
+        messages = [
+            *user(text_part("What is this?"), image_part(url_of(CAT))),
+            {"role": "assistant", "content": "a cat"},
+            *user(image_part(url_of(DOG)), text_part("And this?")),
+        ]
+        response = await ask(client, messages)
+    assert response.status_code == 200, response.text
+    [(token_ids, *_)] = engine.received.values()
+    text = b"".join(tokenizer.token_bytes(token_id) for token_id in token_ids[36:])
+    assert token_ids[:36] == [302] * 36  # 18 queries an image
+    assert text == b"Question: What is this? Answer: a catQuestion: And this? Answer:"
+
+
 BOMB = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\xff\xff\xff\xff\xff\xff\xff\xff\x08\x02\x00\x00\x00"
 PNG = "data:image/png;base64,"
 REFUSED = {
@@ -219,7 +245,7 @@ async def test_answers_over_http_are_those_of_the_library(model: str) -> None:
     )
     assert by_hand.outputs[0].token_ids == expected[0].token_ids
     with pytest.raises(RequestError, match="image_url"):
-        llm.chat(user({"type": "video_url"}), sampling, use_tqdm=False)
+        llm.chat(user({"type": "audio_url"}), sampling, use_tqdm=False)
 
     checkpoint = locate(model)
     engine = AsyncEngine(

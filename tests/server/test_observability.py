@@ -39,7 +39,16 @@ class BusyEngine(FakeEngine):
             super().stats(),
             waiting_by_reason={"blocks": 1},
             num_transfers={"device_to_host": 1},
+            adapters={"sql": (1, 2)},
+            max_loras=2,
         )
+
+    @property
+    def settings(self) -> list[tuple[str, str, str, str]]:
+        return [*super().settings, ("count_expert_tokens", "True", "flag", "")]
+
+    async def expert_tokens(self) -> dict[str, list[int]]:
+        return {"blocks.0.mlp": [900, 100], "blocks.1.mlp": [500, 500]}
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ async def test_tokens_of_experts_are_told_where_they_are_counted(
 ) -> None:
     refused = await client.get("/debug/experts")
     assert refused.status_code == 404 and "--count-expert-tokens" in refused.text
+    assert "sleeps" in refused.text
     engine.num_expert_tokens = {"blocks.0.mlp": [6, 0, 2, 0], "blocks.1.mlp": [0, 0, 0, 0]}
     assert (await client.get("/debug/experts")).json() == {
         "layers": {

@@ -196,6 +196,40 @@ async def test_a_tenants_key_speaks_for_that_tenant_only(tmp_path: Path) -> None
     assert response.status_code == 403 and response.json()["error"]["param"] == "tenant"
 
 
+async def test_keys_without_a_tenant_share_no_prefixes_and_an_open_server_shares_all(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "keys.toml"
+    path.write_text(
+        "".join(
+            [
+                entry("a", "k-a"),
+                entry("b", "k-b"),
+                entry("c", "k-c", tenant="a"),  # the tenant is not the key of that name
+                entry("d", "k-d", tenant="a"),
+            ]
+        )
+    )
+    salts: dict[str, str | None] = {}
+
+    class Engine(FakeEngine):
+        def generate(self, request_id, prompt_token_ids, sampling, options, **more):  # type: ignore[override]
+            salts[f"{name}{options.tenant}"] = options.cache_salt
+            return super().generate(request_id, prompt_token_ids, sampling, options, **more)
+
+    async with server_of(path, Engine()) as client:
+        for name in ("k-a ", "k-b ", "k-c ", "k-d "):
+            await client.post("/v1/completions", json=BODY, headers=bearer(name.strip()))
+        name, more = "k-a told ", {"cache_salt": "s", "tenant": "whoever"}
+        await client.post("/v1/completions", json=BODY | more, headers=bearer("k-a"))
+    async with client_of(Engine()) as client:
+        name = "nobody"
+        await client.post("/v1/completions", json=BODY)
+    assert salts["k-c a"] == salts["k-d a"]
+    assert len({salts[of] for of in ("k-a ", "k-b ", "k-c a", "k-a told whoever")}) == 4
+    assert None not in list(salts.values())[:-1] and salts["nobody"] is None
+
+
 def test_a_key_is_revoked_while_the_server_runs(key_file: Path) -> None:
     clock = Clock()
     ring = KeyRing(ServerConfig(api_key_file=str(key_file)), clock=clock)
@@ -292,7 +326,9 @@ def test_the_command_makes_a_key_that_works(
     flags = ["--file", str(path), "--scope", "inference", "metrics", "--tokens-per-minute", "5"]
     assert main(["keys", "first", *flags]) == 0
     assert main(["keys", "second", "--file", str(path), "--tenant", "blue"]) == 0
-    first, second = capsys.readouterr().out.split()
+    said = capsys.readouterr()
+    first, second = said.out.split()
+    assert f"octavo serve --api-key-file {path}" in said.err and first not in said.err
     assert path.stat().st_mode & 0o777 == 0o600
     assert first not in path.read_text() and second not in path.read_text()
     ring = KeyRing(ServerConfig(api_key_file=str(path)))

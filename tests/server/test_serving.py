@@ -122,7 +122,10 @@ async def test_draining_server_takes_no_new_work() -> None:
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "draining"
         assert "retry-after" in response.headers
-        assert (await client.get("/metrics")).status_code == 200
+        metrics = await client.get("/metrics")
+        assert metrics.status_code == 200
+    counted = 'octavo_http_requests_total{code="503",route="/v1/completions"} 1.0'
+    assert counted in metrics.text and "unmatched" not in metrics.text
 
 
 def test_p10_dead_engine_ends_the_server() -> None:

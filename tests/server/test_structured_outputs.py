@@ -1,17 +1,19 @@
 """What clients say of an answer's shape: how it reaches the engine, and what is refused."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
-from server.helpers import client_of
+from server.helpers import CONFIG, client_of
 from server.templates import HERMES, R1, engine_of
 
 from octavo.core import StructuredOutputsParams
 from octavo.testing.fake_engine import FakeEngine
 
 CHAT, COMPLETIONS, TGI = "/v1/chat/completions", "/v1/completions", "/generate"
+RESPONSES, KSERVE = "/v1/responses", "/v2/models/fake-model/generate"
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": CITY}}
@@ -22,6 +24,8 @@ def body_of(path: str, **fields: Any) -> dict[str, Any]:
         CHAT: {"messages": [{"role": "user", "content": "Hi"}]},
         COMPLETIONS: {"prompt": "Hi"},
         TGI: {"inputs": "Hi"},
+        RESPONSES: {"input": "Hi"},
+        KSERVE: {"text_input": "Hi"},
     }
     return prompts[path] | fields
 
@@ -126,6 +130,52 @@ async def test_f22_shapes_that_cannot_be_are_refused(
     assert words in error["message"] and len(error["message"]) < 500
     assert error["type"] == "invalid_request_error"
     assert time.monotonic() - start < 10, "it is compiled within bounds"
+    assert not engine.live
+
+
+BAD = {"type": "nothing"}
+FORMAT = {"type": "json_schema", "json_schema": {"name": "x", "schema": BAD}}
+NAMED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "chat": (CHAT, {"response_format": "schema"}, "response_format"),
+    "completion": (COMPLETIONS, {"response_format": "schema"}, "response_format"),
+    "own field": (CHAT, {"structured_outputs": {"json": BAD}}, "structured_outputs"),
+    "too deep": (CHAT, {"structured_outputs": {"json": deep(60)}}, "structured_outputs"),
+    "too large": (COMPLETIONS, {"response_format": "large"}, "response_format"),
+    "tools": (CHAT, {"tools": "bad", "tool_choice": "required"}, "tools"),
+    "responses": (RESPONSES, {"text": "schema"}, "text.format"),
+    "tools of responses": (RESPONSES, {"tools": "bad", "tool_choice": "required"}, "tools"),
+    "kserve": (KSERVE, {"parameters": {"response_format": FORMAT}}, "response_format"),
+    "tgi": (TGI, {"parameters": {"grammar": {"type": "json", "value": BAD}}}, "parameters.grammar"),
+}
+LARGE = {"type": "object", "description": "x" * 2**18}
+
+
+def spelled(path: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with what the words in them stand for, as the surface spells it."""
+    tool = {"name": "weather", "parameters": {"type": "object", "properties": {"a": BAD}}}
+    of_responses = path == RESPONSES
+    meant = {
+        "schema": FORMAT,
+        "large": {"type": "json_schema", "json_schema": {"name": "x", "schema": LARGE}},
+        "bad": [{"type": "function"} | (tool if of_responses else {"function": tool})],
+    }
+    if of_responses:
+        meant["schema"] = {"format": {"type": "json_schema", "name": "x", "schema": BAD}}
+    return {name: meant.get(str(value), value) for name, value in fields.items()}
+
+
+@pytest.mark.parametrize(("path", "fields", "param"), NAMED.values(), ids=NAMED)
+async def test_f21_what_is_wrong_with_a_shape_names_the_field_that_it_came_in(
+    path: str, fields: dict[str, Any], param: str
+) -> None:
+    engine = engine_of(HERMES)
+    async with client_of(engine, replace(CONFIG, max_request_bytes=2**20)) as client:
+        response = await client.post(path, json=body_of(path, **spelled(path, fields)))
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    if param != "structured_outputs":
+        assert "structured_outputs" not in error["message"]
     assert not engine.live
 
 

@@ -98,8 +98,10 @@ async def test_draws_and_greedy(client: httpx.AsyncClient, engine: FakeEngine) -
 WRONG = [
     ({}, "inputs"),
     ({"inputs": 3}, "inputs"),
-    ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "max_tokens"),
-    ({"inputs": "a", "parameters": {"temperature": -1}}, "temperature"),
+    ({"inputs": "a", "parameters": {"max_new_tokens": 0}}, "parameters.max_new_tokens"),
+    ({"inputs": "a", "parameters": {"temperature": -1}}, "parameters.temperature"),
+    ({"inputs": "a", "parameters": {"top_p": 7}}, "parameters.top_p"),
+    ({"inputs": "a" * 100_000}, "inputs"),
     ({"inputs": "a", "parameters": {"watermark": True}}, "parameters.watermark"),
     ({"inputs": "a", "parameters": {"best_of": 4}}, "parameters.best_of"),
     ({"inputs": "a", "parameters": {"grammar": {"type": "json"}}}, "parameters.grammar"),

@@ -23,6 +23,8 @@ from octavo.scheduler.siblings import Siblings
 from octavo.scheduler.waiting import WaitingRoom
 from octavo.sim import FakeExecutor, Parts
 from octavo.sim.faults import (
+    SqueezableGroupedAllocator,
+    SqueezableGroupedPrefixAllocator,
     SqueezablePagedAllocator,
     SqueezablePrefixAllocator,
     SqueezableTieredAllocator,
@@ -51,7 +53,7 @@ def allocator_with(broken):
         pass
 
     def create(setup):
-        if setup.allocator != "paged":
+        if setup.allocator != "paged" or not setup.kv_groups.keep_all:
             return create_allocator(setup)
         if setup.num_host_blocks:
             return Tiered(
@@ -62,6 +64,24 @@ def allocator_with(broken):
             )
         kind = Prefix if setup.prefix_caching else Paged
         return kind(setup.num_blocks, setup.block_size)
+
+    return Parts(allocator=create)
+
+
+def windows_with(broken):
+    """Parts whose allocators of layers with windows have this mixin."""
+
+    class Grouped(broken, SqueezableGroupedAllocator):
+        pass
+
+    class GroupedPrefix(broken, SqueezableGroupedPrefixAllocator):
+        pass
+
+    def create(setup):
+        if setup.kv_groups.keep_all or setup.allocator != "paged":
+            return create_allocator(setup)
+        kind = GroupedPrefix if setup.prefix_caching else Grouped
+        return kind(setup.num_blocks, setup.block_size, groups=setup.kv_groups)
 
     return Parts(allocator=create)
 
@@ -108,6 +128,34 @@ class TellsTheRunnerAnotherBlock:
     def extend(self, sequence, num_tokens):
         first = super().extend(sequence, num_tokens)
         return min(first + 1, len(sequence.block_ids))
+
+
+class LeavesTooEarly:
+    """A window is taken to be a block shorter than it is."""
+
+    def _first_seen(self, num_tokens, window):
+        seen = super()._first_seen(num_tokens, window)
+        return min(seen + 1, num_tokens // self.block_size)
+
+
+class NeverLeaves:
+    """What a window has left behind is kept."""
+
+    def computed(self, sequence):
+        committed, sequence.num_committed_tokens = sequence.num_committed_tokens, 0
+        super().computed(sequence)
+        sequence.num_committed_tokens = committed
+
+
+class FindsHalfAWindow:
+    """A hit is taken where the last block of a window is there, and what is before it is not."""
+
+    def _hit_in_window(self, sequence, num_blocks, group, window):
+        return super()._hit_in_window(sequence, num_blocks, group, 2)
+
+    def _find(self, sequence, index, group):
+        found = super()._find(sequence, index, group)
+        return 0 if found == self._hole and self._windows[group] else found
 
 
 class SkipsAPosition:
@@ -233,8 +281,8 @@ class ForgetsToDrop(FakeExecutor):
 class WritesToTheWrongSlot(FakeExecutor):
     """The first slot of every second block is written where the next block's is."""
 
-    def _slot(self, row, position):
-        slot = super()._slot(row, position)
+    def _slot(self, row, position, group=0):
+        slot = super()._slot(row, position, group)
         is_wrong = position % (2 * self.block_size) == self.block_size
         return (slot + self.block_size) % len(self._slot_tokens) if is_wrong else slot
 
@@ -409,6 +457,9 @@ PLANTED = {
     "double free": allocator_with(FreesTwice),
     "block twice in a table": allocator_with(GivesTheSameBlockTwice),
     "wrong block": allocator_with(TellsTheRunnerAnotherBlock),
+    "window left too early": windows_with(LeavesTooEarly),
+    "window never left": windows_with(NeverLeaves),
+    "half a window found": windows_with(FindsHalfAWindow),
     "wrong position": allocator_with(SkipsAPosition),
     "no copy on write": allocator_with(WritesToSharedBlocks),
     "copy on write not copied": allocator_with(ForgetsToCopy),

@@ -22,7 +22,6 @@ from octavo.vision import (
     check_image,
     content_key,
     decode_image,
-    decode_video,
 )
 
 LIMITS = ImageLimits()
@@ -250,25 +249,6 @@ def test_a_text_chunk_that_blows_up_is_refused():
     assert len(data) < 200_000
     with pytest.raises(InvalidImageError, match="cannot be decoded"):
         decode_image(data, LIMITS)
-
-
-def test_videos_are_bounded_as_a_whole():
-    frames = [encoded(picture(seed=seed)) for seed in range(4)]
-    for image, frame in zip(decode_video(frames, LIMITS), range(4), strict=True):
-        assert_same(image, picture(seed=frame))
-    for message, limits in {
-        "has 4 frames; the limit is 3": ImageLimits(max_frames=3),
-        "bytes; the limit is 9000": ImageLimits(max_bytes=9000),
-        "3840 pixels; the limit is 3839": ImageLimits(max_video_pixels=4 * 960 - 1),
-    }.items():
-        with pytest.raises(InvalidImageError, match=message):
-            decode_video(frames, limits)
-    with pytest.raises(InvalidImageError, match="no frames"):
-        decode_video([], LIMITS)
-    with pytest.raises(InvalidImageError, match="one size"):
-        decode_video([*frames, encoded(picture(40, 24))], LIMITS)
-    with pytest.raises(InvalidImageError, match="65535"):  # before any other is decoded
-        decode_video([png_claiming(24, 24), png_claiming(65535, 65535)], LIMITS)
 
 
 def test_limits_that_make_no_sense_are_refused():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from octavo.errors import InvalidImageError
-from octavo.vision import ImageSpan, expand_placeholders
+from octavo.vision import ImageSpan, Placeholder, expand_placeholders
 from octavo.vision.positions import GridSpan, mrope_positions
 
 TEXT, IMAGE, VIDEO = 5, 7, 8
@@ -82,11 +82,21 @@ def test_spans_that_cannot_be_are_refused(images):
 
 
 def test_placeholders_become_as_many_tokens_as_their_images():
-    ids, spans = expand_placeholders([1, 9, 2, 9, 9, 3], 9, [3, 1, 2])
+    images = Placeholder("images", 9, [3, 1, 2])
+    ids, [spans] = expand_placeholders([1, 9, 2, 9, 9, 3], [images])
     assert ids == [1, 9, 9, 9, 2, 9, 9, 9, 3]
     assert spans == [ImageSpan(1, 3), ImageSpan(5, 1), ImageSpan(6, 2)]
     assert [span.end for span in spans] == [4, 6, 8]
-    assert expand_placeholders([1, 2], 9, []) == ([1, 2], [])
+    assert expand_placeholders([1, 2], [Placeholder("images", 9, [])]) == ([1, 2], [[]])
+
+
+def test_images_and_videos_have_places_of_their_own():
+    kinds = [Placeholder("images", 9, [2, 1]), Placeholder("videos", 8, [3])]
+    ids, spans = expand_placeholders([9, 1, 8, 9], kinds)
+    assert ids == [9, 9, 1, 8, 8, 8, 9]
+    assert spans == [[ImageSpan(0, 2), ImageSpan(6, 1)], [ImageSpan(3, 3)]]
+    with pytest.raises(InvalidImageError, match="2 places for videos, but there are 1 videos"):
+        expand_placeholders([8, 8], [Placeholder("videos", 8, [3])])
 
 
 @pytest.mark.parametrize("counts", [[], [1, 1], [1, 1, 1, 1]])
@@ -94,4 +104,4 @@ def test_places_and_images_must_be_as_many(counts):
     with pytest.raises(
         InvalidImageError, match=f"3 places for images, but there are {len(counts)}"
     ):
-        expand_placeholders([9, 1, 9, 9], 9, counts)
+        expand_placeholders([9, 1, 9, 9], [Placeholder("images", 9, counts)])

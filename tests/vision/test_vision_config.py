@@ -6,7 +6,12 @@ import pytest
 
 from octavo.config import Checkpoint
 from octavo.config.families.vision import read_vision_config
-from octavo.config.families.vision_pixels import image_processor_config, read_pixel_settings
+from octavo.config.families.vision_pixels import (
+    image_processor_config,
+    read_pixel_settings,
+    read_video_settings,
+    video_processor_config,
+)
 from octavo.errors import CheckpointError, UnsupportedModelError
 
 # The vision parts of published config.json files, as their owners wrote them.
@@ -111,7 +116,7 @@ def test_what_is_not_supported_is_refused_by_name(config, name):
     ("config", "message"),
     [
         ({key: LLAVA[key] for key in LLAVA if key != "vision_config"}, "vision_config=None"),
-        (LLAVA | {"text_config": {"model_type": "opt"}}, "'hidden_size' is missing"),
+        (LLAVA | {"text_config": {"model_type": "gpt2"}}, "'hidden_size' is missing"),
         (LLAVA | {"vision_feature_layer": -26}, "vision_feature_layer=-26"),
         (LLAVA | {"vision_feature_layer": []}, "at least one layer"),
         (with_vision(LLAVA, hidden_size=1000), "multiple of the 16 heads"),
@@ -178,3 +183,35 @@ def test_the_image_processor_is_found_in_either_file(tmp_path, file):
     written = {"image_processor": CLIP_PIXELS} if nested else CLIP_PIXELS
     (tmp_path / file).write_text(json.dumps(written))
     assert image_processor_config(checkpoint) == CLIP_PIXELS
+
+
+def test_videos_have_a_processor_of_their_own_or_that_of_images(tmp_path):
+    checkpoint, vision = Checkpoint("tiny", tmp_path, "directory"), read_vision_config(QWEN)
+    images = {"min_pixels": 3136, "max_pixels": 12845056}  # as published
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    settings = read_video_settings(video_processor_config(checkpoint), vision)
+    assert (settings.pixels.min_pixels, settings.pixels.max_pixels) == (3136, 12845056)
+    assert (settings.fps, settings.min_frames, settings.max_frames) == (2.0, 4, 768)
+    nested = {"video_processor": {"fps": 1.0, "max_frames": 32}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested))
+    settings = read_video_settings(video_processor_config(checkpoint), vision)
+    assert (settings.fps, settings.max_frames) == (1.0, 32)
+    assert (settings.pixels.min_pixels, settings.pixels.max_pixels) == (100352, 602112)
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"fps": 4}))
+    assert read_video_settings(video_processor_config(checkpoint), vision).fps == 4.0
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_frames": 8}, "num_frames=8"),
+        ({"cap_pixels_per_frame": True}, "cap_pixels_per_frame=True"),
+        ({"do_resize": False}, "do_resize=False"),
+        ({"fps": 0}, "fps=0"),
+        ({"min_frames": 9, "max_frames": 8}, "no more than max_frames"),
+        ({"patch_size": 16}, "the tower's 14"),
+    ],
+)
+def test_video_processors_that_do_not_fit_are_refused_by_name(config, message):
+    with pytest.raises((CheckpointError, UnsupportedModelError), match=message):
+        read_video_settings(config, read_vision_config(QWEN))

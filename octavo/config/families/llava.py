@@ -1,6 +1,6 @@
 """LLaVA 1.5 and LLaVA-NeXT (arXiv 2310.03744): the config of language model and tower."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,13 @@ from octavo.config.model import ModelConfig
 from octavo.config.reading import Reader
 from octavo.errors import CheckpointError
 
-TextReader = Callable[[Reader], ModelConfig]
 # By transformers' `model_type`: who reads the section, and the defaults of transformers' config
-# class, which published checkpoints leave out. All of them have Llama's names and wiring.
-TEXT_MODELS: dict[str, tuple[TextReader, dict[str, Any]]] = {
+# class, which published checkpoints leave out.
+TextModels = Mapping[str, tuple[Callable[[Reader], ModelConfig], dict[str, Any]]]
+# What the config around the section may say of the language model.
+AROUND = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id")
+# All of them have Llama's names and wiring.
+TEXT_MODELS: TextModels = {
     "llama": (
         read_llama,
         {
@@ -49,13 +52,13 @@ TEXT_MODELS: dict[str, tuple[TextReader, dict[str, Any]]] = {
 def read_llava(read: Reader) -> ModelConfig:
     """`LlavaForConditionalGeneration`."""
     vision = read_llava_vision(read.everything())
-    return with_vision(read, "llava", vision, text=_read_text(read))
+    return with_vision(read, "llava", vision, text=read_text(read, TEXT_MODELS))
 
 
 def read_llava_next(read: Reader) -> ModelConfig:
     """`LlavaNextForConditionalGeneration`."""
     vision = read_llava_next_vision(read.everything())
-    return with_vision(read, "llava_next", vision, text=_read_text(read))
+    return with_vision(read, "llava_next", vision, text=read_text(read, TEXT_MODELS))
 
 
 def with_vision(
@@ -69,15 +72,29 @@ def with_vision(
     return replace(text, architecture=architecture, vision=vision, image_token_id=places[0])
 
 
-def _read_text(read: Reader) -> ModelConfig:
-    """The language model, as the section and, for some fields, the config around it say."""
+def read_text(
+    read: Reader, known: TextModels, *, kind: str = "llama", around: tuple[str, ...] = AROUND
+) -> ModelConfig:
+    """The language model, as the section and, for some fields, the config around it say.
+
+    Args:
+        read: the whole config.
+        known: language models of the family.
+        kind: where the section does not name one.
+        around: fields that count where they are written around the section, too.
+
+    Raises:
+        UnsupportedModelError: another language model.
+        CheckpointError: there is no section.
+    """
     read.refuse_unless_neutral("quantization_config")
     section = read.raw("text_config")
-    kind = section.get("model_type") or "llama"
-    if not isinstance(kind, str) or kind not in TEXT_MODELS:
-        supported = f"supported: {', '.join(TEXT_MODELS)}"
+    if not isinstance(section, Mapping):
+        raise read.wrong("text_config", section, "an object")
+    kind = section.get("model_type") or kind
+    if not isinstance(kind, str) or kind not in known:
+        supported = f"supported: {', '.join(known)}"
         raise read.unsupported("text_config: model_type", kind, supported)
-    read_text, defaults = TEXT_MODELS[kind]
-    around = ("dtype", "torch_dtype", "tie_word_embeddings", "eos_token_id")
+    read_one, defaults = known[kind]
     outer = {name: read.raw(name) for name in around if read.has(name)}
-    return read_text(read.over(defaults | section | outer))
+    return read_one(read.over({**defaults, **section, **outer}))

@@ -22,7 +22,9 @@ def read_qwen2_5_vl(read: Reader) -> ModelConfig:
     text, sections = _text(read)
     config = read_qwen2(read.over(text))
     layers = tuple(_sectioned(layer, sections, read) for layer in config.layers)
-    return with_vision(read, "qwen2_5_vl", vision, text=replace(config, layers=layers))
+    seeing = with_vision(read, "qwen2_5_vl", vision, text=replace(config, layers=layers))
+    video_token_id = next(iter(read.token_ids("video_token_id", config.vocab_size)), None)
+    return replace(seeing, video_token_id=video_token_id)
 
 
 def _text(read: Reader) -> tuple[dict[str, Any], object]:

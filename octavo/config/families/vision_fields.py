@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 # `hidden_size` of transformers' config classes, which checkpoints leave out.
-TEXT_HIDDEN_SIZES = {"llama": 4096, "mistral": 4096}
+TEXT_HIDDEN_SIZES = {"llama": 4096, "mistral": 4096, "opt": 768}
 
 
 def section(config: Mapping[str, Any], name: str) -> Reader:

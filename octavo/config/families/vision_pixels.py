@@ -1,4 +1,4 @@
-"""How a checkpoint wants its images prepared: `preprocessor_config.json`, checked and in our words.
+"""How a checkpoint wants images and videos prepared: its processors' files, checked, in our words.
 
 What the towers could not run, or what would silently change the numbers, is refused by name.
 """
@@ -18,6 +18,7 @@ from octavo.config.families.vision_shapes import (
     Qwen25VisionConfig,
     SquarePixels,
     TiledPixels,
+    VideoSettings,
     VisionConfig,
 )
 from octavo.config.model import ModelConfig
@@ -28,8 +29,12 @@ BICUBIC = 3  # Pillow's number
 # OPENAI_CLIP_MEAN and OPENAI_CLIP_STD of transformers, which its processors fall back on.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280  # defaults of transformers' Qwen2-VL processor
+# (fewest, most) pixels: defaults of transformers' Qwen2-VL processors.
+IMAGE_PIXELS, VIDEO_PIXELS = (56 * 56, 28 * 28 * 1280), (128 * 28 * 28, 28 * 28 * 768)
 MAX_MAX_PIXELS = 2**26
+# Of Qwen's own qwen_vl_utils; transformers has the same numbers of frames.
+FPS, MIN_FRAMES, MAX_FRAMES = 2.0, 4, 768
+MAX_FPS = 1000.0
 
 
 def image_processor_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -50,11 +55,50 @@ def image_processor_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
 
 
 def with_pixels(config: ModelConfig, checkpoint: Checkpoint) -> ModelConfig:
-    """The config of a model, and how its images are prepared, if it sees any. Raises as below."""
+    """The config of a model, and how what it sees is prepared, if it sees. Raises as below."""
     if config.vision is None:
         return config
     pixels = read_pixel_settings(image_processor_config(checkpoint), config.vision)
-    return replace(config, pixels=pixels)
+    if config.video_token_id is None or not isinstance(config.vision, Qwen25VisionConfig):
+        return replace(config, pixels=pixels)
+    videos = read_video_settings(video_processor_config(checkpoint), config.vision)
+    return replace(config, pixels=pixels, videos=videos)
+
+
+def video_processor_config(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The video processor's part of the files; older checkpoints have one for images and videos.
+
+    Raises:
+        CheckpointError: there is none, or a file is damaged.
+    """
+    found: Any = checkpoint.json("video_preprocessor_config.json")
+    found = found or checkpoint.json("processor_config.json").get("video_processor")
+    if isinstance(found, Mapping) and found:
+        return found
+    return image_processor_config(checkpoint)
+
+
+def read_video_settings(config: Mapping[str, Any], vision: Qwen25VisionConfig) -> VideoSettings:
+    """What the video processor of this tower does. Raises as `read_pixel_settings` does.
+
+    Args:
+        config: of the video processor, as `video_processor_config` finds it.
+        vision: of the same checkpoint.
+    """
+    read, resample, scale = _every_processor(config)
+    # A share of all pixels for each frame, and a number of frames whatever the length: not ours.
+    refuse_other_than(read, "cap_pixels_per_frame", False)
+    if read.has("num_frames"):
+        raise read.unsupported("num_frames", read.raw("num_frames"), "only frames by the second")
+    settings = VideoSettings(
+        pixels=_patches(read, vision, resample, scale, bounds=VIDEO_PIXELS),
+        fps=read.number("fps", 1e-3, MAX_FPS, default=FPS),
+        min_frames=read.integer("min_frames", 1, MAX_FRAMES, default=MIN_FRAMES),
+        max_frames=read.integer("max_frames", 1, 2**16, default=MAX_FRAMES),
+    )
+    if settings.min_frames > settings.max_frames:
+        raise read.wrong("min_frames", settings.min_frames, "no more than max_frames")
+    return settings
 
 
 def read_pixel_settings(config: Mapping[str, Any], vision: VisionConfig) -> PixelSettings:
@@ -68,13 +112,9 @@ def read_pixel_settings(config: Mapping[str, Any], vision: VisionConfig) -> Pixe
         UnsupportedModelError: a sound value that is not supported.
         CheckpointError: a value that is damaged, or does not fit the tower.
     """
-    read = Reader(config, where="preprocessor_config")
-    for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
-        refuse_other_than(read, step, True)
-    resample = read.integer("resample", 0, 5, default=BICUBIC)
-    scale = _scale(read)
+    read, resample, scale = _every_processor(config)
     if isinstance(vision, Qwen25VisionConfig):
-        return _patches(read, vision, resample, scale)
+        return _patches(read, vision, resample, scale, bounds=IMAGE_PIXELS)
     tower = vision.tower
     if not isinstance(vision, LlavaVisionConfig):
         return _square(read, tower.image_size, resample, scale, crops=False)
@@ -90,6 +130,14 @@ def read_pixel_settings(config: Mapping[str, Any], vision: VisionConfig) -> Pixe
     if square.shortest_side not in (None, tower.image_size):
         raise read.wrong("size", read.raw("size"), f"the tile's {tower.image_size} pixels")
     return TiledPixels(tower.image_size, grids, resample, scale)
+
+
+def _every_processor(config: Mapping[str, Any]) -> tuple[Reader, int, PixelScale]:
+    """(the checked config, Pillow's number of the filter, what becomes of bytes)"""
+    read = Reader(config, where="preprocessor_config")
+    for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        refuse_other_than(read, step, True)
+    return read, read.integer("resample", 0, 5, default=BICUBIC), _scale(read)
 
 
 def _scale(read: Reader) -> PixelScale:
@@ -150,8 +198,14 @@ def _sides(read: Reader, name: str) -> tuple[int | None, int | None]:
 
 
 def _patches(
-    read: Reader, vision: Qwen25VisionConfig, resample: int, scale: PixelScale
+    read: Reader,
+    vision: Qwen25VisionConfig,
+    resample: int,
+    scale: PixelScale,
+    *,
+    bounds: tuple[int, int],
 ) -> PatchPixels:
+    """`bounds` are the fewest and most pixels where the config does not say."""
     for name, of_tower in (
         ("patch_size", vision.patch_size),
         ("temporal_patch_size", vision.temporal_patch_size),
@@ -168,8 +222,8 @@ def _patches(
         if read.has(old)
         else sizes.integer(new, 1, MAX_MAX_PIXELS, default=default)
         for old, new, default in (
-            ("min_pixels", "shortest_edge", MIN_PIXELS),
-            ("max_pixels", "longest_edge", MAX_PIXELS),
+            ("min_pixels", "shortest_edge", bounds[0]),
+            ("max_pixels", "longest_edge", bounds[1]),
         )
     )
     if low > high:

@@ -166,3 +166,13 @@ class PatchPixels:
 
 
 PixelSettings = SquarePixels | TiledPixels | PatchPixels
+
+
+@dataclass(frozen=True, slots=True)
+class VideoSettings:
+    """Which frames of a video are looked at, and how they are prepared."""
+
+    pixels: PatchPixels
+    fps: float  # frames of a second that are looked at
+    min_frames: int  # so many of a short one, if it has them
+    max_frames: int  # spread over all of a long one

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from octavo.config.families.vision_shapes import Blip2VisionConfig, ViTConfig
 from octavo.layers import Build, LayerNorm, Linear, Slot
+from octavo.vision.encoders.attention import images_of
 from octavo.vision.encoders.base import VisionEncoder
 from octavo.vision.encoders.qformer import QFormer
 from octavo.vision.encoders.vit import PatchEmbedding, ViTBlock
@@ -44,9 +45,10 @@ class EvaTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, side, side] -> [N * (1 + patches), hidden_size]."""
         x: Tensor = self.embedding(images).flatten(0, 1)
+        segments = images_of(len(images), len(x), x.device)
         residual: Tensor | None = None
         for block in self._blocks:
-            x, residual = block(x, residual, len(images))
+            x, residual = block(x, residual, segments)
         x, _ = self.norm(x, residual)
         return x
 

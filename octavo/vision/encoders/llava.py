@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from octavo.config.families.vision_shapes import LlavaVisionConfig
 from octavo.layers import Build, LayerNorm, Slot
+from octavo.vision.encoders.attention import images_of
 from octavo.vision.encoders.base import VisionEncoder, unused
 from octavo.vision.encoders.projector import Projector
 from octavo.vision.encoders.vit import PatchEmbedding, ViTBlock
@@ -54,11 +55,12 @@ class ClipTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images [N, 3, side, side] -> [N, tokens, layers asked for * hidden_size]."""
         x: Tensor = self.norm(self.embedding(images).flatten(0, 1))[0]
+        segments = images_of(len(images), len(x), x.device)
         residual: Tensor | None = None
         # Copies: the next layer writes over the stream.
         states = {0: x.clone()} if 0 in self._wanted else {}
         for index, block in enumerate(self._blocks, start=1):
-            x, residual = block(x, residual, len(images))
+            x, residual = block(x, residual, segments)
             if index in self._wanted:
                 states[index] = x + residual
         features = torch.cat([states[index] for index in self._wanted], dim=-1)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from octavo.config.families.vision_shapes import QFormerConfig
-from octavo.layers import Build, LayerNorm, Linear, PlainMLP, Slot
-from octavo.vision.encoders.attention import SelfAttention, attend
+from octavo.kernels import Segments
+from octavo.layers import Build, EncoderAttention, LayerNorm, Linear, PlainMLP, Slot
+from octavo.vision.encoders.attention import SelfAttention, images_of
 
 
 class CrossAttention(nn.Module):
@@ -17,19 +18,17 @@ class CrossAttention(nn.Module):
     def __init__(self, config: QFormerConfig, image_width: int, build: Build):
         super().__init__()
         size = config.hidden_size
-        self._head_dim = size // config.num_heads
-        self.num_heads = build.group.local(config.num_heads, "attention heads")
+        self.attend = EncoderAttention(config.num_heads, size // config.num_heads, build)
         self.query = Linear({"q": size}, size, build, bias=True, split="rows")
         self.key_value = Linear({"k": size, "v": size}, image_width, build, bias=True, split="rows")
         self.output = Linear({"o": size}, size, build, bias=True, split="columns")
 
-    def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
+    def forward(self, x: Tensor, image: Tensor, queries: Segments, patches: Segments) -> Tensor:
         """x [images * queries, hidden], image [images * patches, width] -> as x."""
-        shape = num_images, -1, self.num_heads, self._head_dim
-        query = self.query(x).view(shape)
-        both = self.key_value(image).view(num_images, -1, 2, *shape[2:])
-        key, value = both.unbind(2)
-        y: Tensor = self.output(attend(query, key, value).flatten(2).flatten(0, 1))
+        dim = self.attend.head_dim
+        query = self.query(x).unflatten(-1, (-1, dim))
+        key, value = self.key_value(image).unflatten(-1, (2, -1, dim)).unbind(1)
+        y: Tensor = self.output(self.attend(query, key, value, queries, patches).flatten(1))
         return y
 
 
@@ -58,11 +57,11 @@ class QFormerLayer(nn.Module):
         table |= self.mlp.slots(name, "intermediate_query.dense", "output_query.dense")
         return table | self.mlp_norm.slots(f"{name}.output_query.LayerNorm")
 
-    def forward(self, x: Tensor, image: Tensor, num_images: int) -> Tensor:
+    def forward(self, x: Tensor, image: Tensor, queries: Segments, patches: Segments) -> Tensor:
         """x [images * queries, hidden], image [images * patches, width] -> as x."""
-        x, _ = self.attention_norm(self.attention(x, num_images), x)
+        x, _ = self.attention_norm(self.attention(x, queries), x)
         if self.cross is not None and self.cross_norm is not None:
-            x, _ = self.cross_norm(self.cross(x, image, num_images), x)
+            x, _ = self.cross_norm(self.cross(x, image, queries, patches), x)
         x, _ = self.mlp_norm(self.mlp(x), x)
         return x
 
@@ -96,8 +95,9 @@ class QFormer(nn.Module):
     def forward(self, image: Tensor, num_images: int) -> Tensor:
         """image [images * patches, width] -> [images * queries, hidden_size]."""
         x: Tensor = self.norm(self.queries.repeat(num_images, 1))[0]
+        queries, patches = (images_of(num_images, len(rows), x.device) for rows in (x, image))
         for layer in self._layers:
-            x = layer(x, image, num_images)
+            x = layer(x, image, queries, patches)
         return x
 
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from octavo.config import MLPConfig
 from octavo.config.families.vision_shapes import Qwen25VisionConfig
+from octavo.kernels import Segments
 from octavo.layers import Build, GatedMLP, Linear, RMSNorm, Slot
-from octavo.vision.encoders.attention import Segments, SelfAttention
+from octavo.vision.encoders.attention import SelfAttention
 from octavo.vision.encoders.base import VisionEncoder
 from octavo.vision.encoders.projector import Projector
 from octavo.vision.encoders.vit import patch_slots
@@ -47,7 +48,8 @@ class Qwen25Block(nn.Module):
         """x and the residual stream [patches, hidden_size] -> what is added to it, it."""
         x, residual = self.attention_norm(x, residual)
         query, key, value = self.attention.heads(x)
-        heads = segments.attend(layout.rotated(query), layout.rotated(key), value)
+        turned = layout.rotated(query), layout.rotated(key)
+        heads = self.attention.attend(*turned, value, segments)
         x, residual = self.mlp_norm(self.attention.output(heads.flatten(1)), residual)
         return self.mlp(x), residual
 

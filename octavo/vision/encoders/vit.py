@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from octavo.config.families.vision_shapes import ViTConfig
+from octavo.kernels import Segments
 from octavo.layers import Build, LayerNorm, Linear, PlainMLP, Slot
 from octavo.vision.encoders.attention import SelfAttention
 
@@ -29,10 +30,12 @@ class ViTBlock(nn.Module):
             | self.mlp.slots(f"{name}.mlp", "fc1", "fc2")
         )
 
-    def forward(self, x: Tensor, residual: Tensor | None, num_images: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, residual: Tensor | None, images: Segments
+    ) -> tuple[Tensor, Tensor]:
         """x and the residual stream, [images * tokens, hidden_size] -> what is added to it, it."""
         x, residual = self.attention_norm(x, residual)
-        x, residual = self.mlp_norm(self.attention(x, num_images), residual)
+        x, residual = self.mlp_norm(self.attention(x, images), residual)
         return self.mlp(x), residual
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from octavo.config.families.vision_shapes import Qwen25VisionConfig
-from octavo.vision.encoders.attention import Segments
+from octavo.kernels import Segments
 
 Grid = tuple[int, int, int]  # (frames, rows, columns) of patches
 

@@ -1,4 +1,4 @@
-// activation(gate) * up; see octavo/kernels/silu_mul.py and gelu_tanh_mul.py for the contracts.
+// activation(gate) * up; see octavo/kernels/gated_activations.py for the contract.
 #include "lanes.h"
 
 namespace octavo {

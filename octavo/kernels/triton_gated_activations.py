@@ -19,12 +19,12 @@ STRETCH = 1024
 
 
 def triton_silu_mul(x: Tensor) -> Tensor:
-    """As SiluMul; rows of x may be strided. Rounds once, where the reference rounds twice."""
+    """As GatedActivation, by silu; rows of x may be strided. Rounds once, the reference twice."""
     return _gated("silu_mul", x, is_gelu=False)
 
 
 def triton_gelu_tanh_mul(x: Tensor) -> Tensor:
-    """As GeluTanhMul; rows of x may be strided. Rounds once, where the reference rounds twice."""
+    """As GatedActivation, by gelu; rows of x may be strided. Rounds once, the reference twice."""
     return _gated("gelu_tanh_mul", x, is_gelu=True)
 
 
