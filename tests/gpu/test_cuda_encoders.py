@@ -1,5 +1,8 @@
 """Encoders of texts and of images on an NVIDIA GPU: the kernel by itself, and whole engines."""
 
+import itertools
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -17,23 +20,44 @@ pytestmark = [
 ]
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-TEXTS = [0, 1, 512, 64, 37, 130, 5]
-WINDOWS = [64] * 40 + [32, 48, 16] * 4
-CLIP_IMAGES = [577] * 3
+DIMS = [16, 64, 72, 80, 88, 96, 128, 256]
+LENGTHS = {
+    "texts": [0, 1, 512, 64, 37, 130, 5],
+    "windows": [64] * 40 + [32, 48, 16] * 4,
+    "CLIP": [577] * 3,
+}
 PLACEHOLDER = 302
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
+def heads_of(lengths, dim, dtype):
+    """(queries, keys, values) [T, 4, dim], which lie in one tensor."""
+    torch.manual_seed(0)
+    return torch.randn(sum(lengths), 3, 4, dim, device="cuda").to(dtype).unbind(1)
+
+
+@pytest.fixture(scope="module")
+def _compiled():
+    """All kernels of the test below, side by side."""
+    from octavo.kernels.triton_encoder_attention import triton_encoder_attention as attend
+    from octavo.kernels.triton_launch import compile_ahead
+
+    with compile_ahead(os.cpu_count() or 1):
+        for lengths, dim, dtype in itertools.product(LENGTHS.values(), DIMS, TOLERANCE):
+            for some in (lengths, lengths[-1:]):
+                segments = Segments.of(some, "cuda")
+                attend(*heads_of(some, dim, dtype), segments, segments, dim**-0.5)
+
+
+@pytest.mark.usefixtures("_compiled")
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("dim", [16, 64, 72, 80, 88, 96, 128, 256])
-@pytest.mark.parametrize("lengths", [TEXTS, WINDOWS, CLIP_IMAGES], ids=["texts", "windows", "CLIP"])
+@pytest.mark.parametrize("dim", DIMS)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 def test_segments_of_any_length_and_heads_of_any_size(lengths, dim, dtype):
     from octavo.kernels.triton_encoder_attention import triton_encoder_attention as attend
 
-    torch.manual_seed(0)
     segments = Segments.of(lengths, "cuda")
-    heads = torch.randn(sum(lengths), 3, 4, dim, device="cuda").to(dtype)
-    args = *heads.unbind(1), segments, segments, dim**-0.5
+    args = *heads_of(lengths, dim, dtype), segments, segments, dim**-0.5
     made, expected = (
         attend(*args),
         ENCODER_ATTENTION.reference(*(a.double() for a in args[:3]), *args[3:]),
@@ -98,8 +122,10 @@ def prompt(*parts):
     return {"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {})
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next", "blip2", "qwen2_5_vl"])
-@pytest.mark.parametrize("enforce_eager", [False, True])
+@pytest.mark.parametrize(
+    ("name", "enforce_eager"),
+    [("llava", False), ("llava_next", True), ("blip2", False), ("qwen2_5_vl", False)],
+)
 def test_answers_about_images_on_the_gpu_are_those_of_the_cpu(tmp_path, name, enforce_eager):
     write_tiny_model(tmp_path, name)
     cat, dog = picture(30, 44), picture(61, 17)

@@ -26,12 +26,21 @@ MODELS = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def tiny(request, tmp_path_factory):
+WAYS = [
+    ("mistral", {}),
+    ("gemma2", {}),
+    ("gemma3", {}),
+    ("gemma3", {"async_scheduling": False}),
+    ("gemma3", {"enforce_eager": True}),
+    ("mistral", {"max_num_batched_tokens": 32, "max_num_seqs": 3}),
+    ("gemma2", {"block_size": 32, "enable_prefix_caching": False, "max_num_batched_tokens": 48}),
+]
+
+
+def write_tiny(path, name):
     """(directory of the checkpoint, transformers' model)"""
-    architecture, changes = MODELS[request.param]
-    directory = tmp_path_factory.mktemp("models") / architecture
-    return directory, write_tiny_model(directory, architecture, seed=3, **changes)
+    architecture, changes = MODELS[name]
+    return path / name, write_tiny_model(path / name, architecture, seed=3, **changes)
 
 
 def poison(llm):
@@ -65,20 +74,11 @@ def poison(llm):
         core._launch = poisoning(core._launch)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"async_scheduling": False},
-        {"enforce_eager": True},
-        {"max_num_batched_tokens": 32, "max_num_seqs": 3},
-        {"block_size": 32, "enable_prefix_caching": False, "max_num_batched_tokens": 48},
-    ],
-    ids=str,
-)
-def test_the_text_is_that_of_transformers_and_no_freed_block_is_read(tiny, options):
+@pytest.mark.parametrize(("name", "options"), WAYS, ids=str)
+def test_the_text_is_that_of_transformers_and_no_freed_block_is_read(tmp_path, name, options):
+    directory, reference = write_tiny(tmp_path, name)
     memory = {"kv_cache_memory_bytes": 2**24, "dtype": "float32", "max_num_seqs": 8}
-    llm = LLM(str(tiny[0]), device="cuda", **(memory | options), check_integrity=True)
+    llm = LLM(str(directory), device="cuda", **(memory | options), check_integrity=True)
     poison(llm)
     first, second = (
         [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
@@ -88,13 +88,14 @@ def test_the_text_is_that_of_transformers_and_no_freed_block_is_read(tiny, optio
     for prompt, answer in zip(PROMPTS, first, strict=True):
         with torch.inference_mode():
             ids = torch.tensor([prompt["prompt_token_ids"] + answer])
-            logits = reference_logits(tiny[1], ids)[0, -NUM_TOKENS - 1 : -1]
+            logits = reference_logits(reference, ids)[0, -NUM_TOKENS - 1 : -1]
         assert logits.argmax(-1).tolist() == answer
 
 
-def test_a_sleep_forgets_blocks_and_not_groups(tiny):
+def test_a_sleep_forgets_blocks_and_not_groups(tmp_path):
+    directory, _ = write_tiny(tmp_path, "gemma3")
     memory = {"kv_cache_memory_bytes": 2**24, "dtype": "float32", "max_num_seqs": 4}
-    llm = LLM(str(tiny[0]), device="cuda", **memory, check_integrity=True)
+    llm = LLM(str(directory), device="cuda", **memory, check_integrity=True)
     before = [o.outputs[0].token_ids for o in llm.generate(PROMPTS, GREEDY, use_tqdm=False)]
     llm.sleep(level=1)
     llm.wake_up()
