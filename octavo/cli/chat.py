@@ -8,12 +8,13 @@ from contextlib import closing, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from octavo.cli.adapters import add_adapter_flag, chosen_adapter
 from octavo.cli.flags import add_engine_flags, add_sampling_flags, engine_values, sampling_params
 from octavo.core import SamplingParams
 from octavo.errors import RequestError
 
 if TYPE_CHECKING:
-    from octavo.engine import LLM
+    from octavo.engine import LLM, LoRARequest
 
 HELP = "talk with a model in the terminal"
 COMMANDS = "/reset starts afresh, /stats shows figures, /exit leaves; Ctrl-C stops an answer"
@@ -23,6 +24,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--system", metavar="TEXT", help="a system message to begin with")
     add_sampling_flags(parser, temperature=0.7, top_p=0.95, max_tokens=1024)
+    add_adapter_flag(parser)
     add_engine_flags(parser)
 
 
@@ -30,9 +32,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Talk until the user leaves."""
     from octavo.engine import LLM
 
-    sampling = sampling_params(arguments)
+    sampling, adapter = sampling_params(arguments), chosen_adapter(arguments)
     llm = LLM(arguments.model, **engine_values(arguments))
-    talk = Talk(llm, sampling, arguments.system)
+    talk = Talk(llm, sampling, arguments.system, adapter=adapter)
     print(f"{arguments.model} · {COMMANDS}")
     while True:
         try:
@@ -58,8 +60,16 @@ def run(arguments: argparse.Namespace) -> int:
 class Talk:
     """One conversation and the figures of its last answer."""
 
-    def __init__(self, llm: "LLM", sampling: SamplingParams, system: str | None):
+    def __init__(
+        self,
+        llm: "LLM",
+        sampling: SamplingParams,
+        system: str | None,
+        *,
+        adapter: "LoRARequest | None" = None,
+    ):
         self._llm = llm
+        self._adapter = adapter
         self._sampling = sampling
         self._beginning = [] if system is None else [{"role": "system", "content": system}]
         self._num_tokens = 0
@@ -93,7 +103,8 @@ class Talk:
         """Pieces of the answer; leaving early ends the request."""
         start = time.perf_counter()
         self._num_tokens = 0
-        with closing(self._llm.stream(token_ids, self._sampling)) as deltas:
+        answer = self._llm.stream(token_ids, self._sampling, lora_request=self._adapter)
+        with closing(answer) as deltas:
             for delta in deltas:
                 self._total_s = time.perf_counter() - start
                 if self._num_tokens == 0:

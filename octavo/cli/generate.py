@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from octavo.cli.adapters import add_adapter_flag, chosen_adapter
 from octavo.cli.flags import (
     SAMPLING_NAMES,
     add_engine_flags,
@@ -36,6 +37,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, metavar="FILE", help="JSON lines, one for each of the input's"
     )
     add_sampling_flags(parser, several=True, max_tokens=256)
+    add_adapter_flag(parser)
     add_engine_flags(parser)
 
 
@@ -45,13 +47,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--input and --output go together; for one prompt use --prompt")
     if arguments.input is not None:
         return _run_file(arguments)
-    sampling = sampling_params(arguments)
+    sampling, adapter = sampling_params(arguments), chosen_adapter(arguments)
     llm = _load(arguments)
     if sampling.n > 1:
-        for answer in llm.generate(arguments.prompt, sampling, use_tqdm=False)[0].outputs:
+        [output] = llm.generate(arguments.prompt, sampling, use_tqdm=False, lora_request=adapter)
+        for answer in output.outputs:
             print(f"[{answer.index}]{answer.text}")
         return 0
-    for delta in llm.stream(arguments.prompt, sampling):
+    for delta in llm.stream(arguments.prompt, sampling, lora_request=adapter):
         print(delta.text, end="", flush=True)
     print()
     return 0
@@ -60,9 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_file(arguments: argparse.Namespace) -> int:
     lines = read_lines(arguments.input)
     sampling = [_line_sampling(line, number, arguments) for number, line in lines]
+    adapter = chosen_adapter(arguments)
     llm = _load(arguments)
     prompts = [_as_prompt(llm, line, number) for number, line in lines]
-    outputs = llm.generate(prompts, sampling)
+    outputs = llm.generate(prompts, sampling, lora_request=adapter)
     with arguments.output.open("w", encoding="utf-8") as file:
         for (_, line), output in zip(lines, outputs, strict=True):
             for answer in output.outputs:

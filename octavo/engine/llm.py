@@ -22,6 +22,7 @@ from octavo.core import (
     SamplingParams,
     SleepReport,
 )
+from octavo.engine.adapters import LoRARequest
 from octavo.engine.answers import Answer, banned_by, check_request, check_shape, fan_out
 from octavo.engine.build import BuiltEngine, PhaseListener, build_engine
 from octavo.engine.interface import TextDelta
@@ -241,10 +242,15 @@ class LLM:
         return [outputs[request_id] for request_id in queued]
 
     def stream(
-        self, prompt: Prompt, sampling_params: SamplingParams | None = None
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        lora_request: LoRARequest | None = None,
     ) -> Generator[TextDelta, None, None]:
         """Complete one prompt piece by piece. Closing the iterator ends the request."""
-        encoded = self._prompts.encode(prompt)
+        [adapter] = self._loras.adapters(lora_request, 1)
+        encoded = self._prompts.encode(prompt).through(adapter)
         batch = _Batch(self._engine, self._tokenizer)
         try:
             sampling = sampling_params or SamplingParams()
