@@ -4,6 +4,7 @@ A conversation is a list of items here, and of messages there: `messages_of` is 
 the other. Whatever comes after is the chat's own. Knows no engine and no store.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -31,12 +32,15 @@ from octavo.server.protocol import (
 )
 
 
-class InputPart(msgspec.Struct, kw_only=True):
-    """A piece of an item. Only text is understood."""
+class InputPart(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """A piece of an item: a text, or an image where the model sees."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: str | None = None
+    detail: str | None = None  # images have the size that the model's own processor gives them
+    file_id: str | None = None
 
 
 class InputItem(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -288,8 +292,14 @@ def _check_item(item: InputItem, where: str) -> None:
 def _check_part(part: InputPart, where: str) -> None:
     if part.type == "refusal" and part.refusal is not None:
         return
+    if part.type == "input_image":
+        if part.file_id is not None:
+            raise _unsupported(f"{where}.file_id", "there are no files here, send an image_url")
+        if part.image_url is None:
+            raise bad_request(f"{where}.image_url is required", param=f"{where}.image_url")
+        return
     if part.type not in _TEXT_PARTS:
-        raise _unsupported(f"{where}.type", "only parts of text are supported")
+        raise _unsupported(f"{where}.type", "only parts of text and input_image are supported")
     if part.text is None:
         raise bad_request(f"{where}.text is required", param=f"{where}.text")
 
@@ -342,7 +352,13 @@ def _says_something(message: Message) -> bool:
 def _parts(content: str | list[InputPart] | None) -> str | list[ContentPart]:
     if content is None or isinstance(content, str):
         return content or ""
-    return [ContentPart("text", part.refusal or part.text or "") for part in content]
+    return [_chat_part(part) for part in content]
+
+
+def _chat_part(part: InputPart) -> ContentPart:
+    if part.type == "input_image":
+        return ContentPart("image_url", image_url=part.image_url)
+    return ContentPart("text", part.refusal or part.text or "")
 
 
 def _unsupported(param: str, why: str | None = None) -> HttpError:
@@ -350,6 +366,7 @@ def _unsupported(param: str, why: str | None = None) -> HttpError:
     return bad_request(message, param=param, code="unsupported_parameter")
 
 
+_PLACE = re.compile(r"\bmessages\[\d+\][\w.\[\]]*")  # in an error about a chat
 # The names of a chat, as they begin, and those of the fields here.
 _NAMES = (
     ("messages", "input"),
@@ -371,7 +388,7 @@ def names_of_responses() -> Iterator[None]:
     except HttpError as error:
         reply = error.reply
         if (param := _renamed(reply.param)) is not None:
-            message = reply.message.replace(reply.param or "", param)
+            message = _PLACE.sub(param, reply.message.replace(reply.param or "", param))
             raise bad_request(message, param=param, code=reply.code) from None
         if reply.param == "tools":  # which are flat here
             message = reply.message.replace("].function.", "].")

@@ -130,6 +130,29 @@ async def test_the_template_places_images_and_each_gets_its_tokens(
     assert response.json()["usage"]["prompt_tokens"] == len(token_ids)
 
 
+async def test_responses_take_images_and_remember_them(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    def asked(text: str, *images: Image.Image) -> list[dict[str, Any]]:
+        parts = [{"type": "input_text", "text": text}]
+        parts += [{"type": "input_image", "image_url": url_of(i), "detail": "auto"} for i in images]
+        return [{"role": "user", "content": parts}]
+
+    first = await client.post("/v1/responses", json={"input": asked("What is this?", CAT)})
+    assert first.status_code == 200, first.text
+    assert prompt_of(engine)[1] == "USER: [image]\nWhat is this? ASSISTANT:"
+    follow = {"input": asked("And this?", DOG), "previous_response_id": first.json()["id"]}
+    assert (await client.post("/v1/responses", json=follow)).status_code == 200
+    seen = list(engine.seen.values())[-1]
+    assert [picture.rgb for picture in seen.pictures] == [CAT.tobytes(), DOG.tobytes()]
+    damaged = asked("What?", CAT)
+    damaged[0]["content"][1]["image_url"] = "https://example.com/cat.png"
+    refused = await client.post("/v1/responses", json={"input": damaged})
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and "not fetched from" in error["message"]
+    assert error["param"] == "input" and "messages[" not in error["message"]
+
+
 async def test_the_same_picture_twice_travels_once(
     client: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
