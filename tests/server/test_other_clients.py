@@ -22,6 +22,7 @@ from server.templates import HERMES, engine_of, prompt_of
 from server.test_server_keys import bearer, entry
 from server.tool_texts import ROME, TWO
 
+from octavo.core import Adapter
 from octavo.server import ServerConfig
 from octavo.testing.fake_engine import FakeEngine
 
@@ -240,7 +241,10 @@ def curl_commands() -> list[tuple[str, str]]:
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 @pytest.mark.parametrize(("page", "command"), curl_commands())
-def test_curl_lines_of_the_docs_work(server: LiveServer, page: str, command: str) -> None:
+def test_curl_lines_of_the_docs_work(
+    server: LiveServer, monkeypatch: pytest.MonkeyPatch, page: str, command: str
+) -> None:
+    monkeypatch.setitem(server.engine.adapters, "sql", Adapter("sql", "1"))  # of docs/lora.md
     in_background = command.endswith("&")
     words = shlex.split(command.rstrip("& ").partition(" | ")[0], comments=True)
     words = [

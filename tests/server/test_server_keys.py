@@ -70,6 +70,8 @@ SCOPE_OF_ROUTE = {
     "/debug/requests": "admin",
     "/debug/requests/{request_id}": "admin",
     "/reset_prefix_cache": "admin",
+    "/v1/load_lora_adapter": "admin",
+    "/v1/unload_lora_adapter": "admin",
     "/sleep": "admin",
     "/wake_up": "admin",
     "/is_sleeping": "metrics",
