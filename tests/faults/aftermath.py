@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeGuard
 from weakref import WeakKeyDictionary
 
 import psutil
@@ -61,6 +62,11 @@ def note_baseline(server: Server) -> None:
     _baselines[server] = Footprint.of(server)
 
 
+def is_watched(server: object) -> TypeGuard[Server]:
+    """Whether `unharmed` will judge it."""
+    return isinstance(server, Server) and server in _baselines
+
+
 def play_until_it_adds_nothing(server: Server, bout: Callable[[], None]) -> None:
     """Play something again until a bout adds nothing; `unharmed` judges the last one.
 
@@ -70,6 +76,8 @@ def play_until_it_adds_nothing(server: Server, bout: Callable[[], None]) -> None
     for _ in range(MAX_BOUTS):
         note_baseline(server)
         bout()
+        if server.process.poll() is not None:
+            return
         server.until(server.is_at_rest)
         if _all_hold(_baselines[server], Footprint.of(server)):
             return

@@ -29,6 +29,10 @@ class Growing:
 
     def __init__(self, num_leaking: int):
         self.num_left, self.rss_bytes, self.num_bouts = num_leaking, 100_000_000, 0
+        self.process = self
+
+    def poll(self) -> None:
+        """It runs."""
 
     def until(self, condition: object) -> None:
         """At once."""

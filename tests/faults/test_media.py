@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import pytest
@@ -241,7 +242,7 @@ def test_F30_media_that_trickle_in_hold_nobody_up(server: Server, media: MediaSe
 def test_F31_the_same_bytes_in_another_shape_are_another_image(server: Server) -> None:
     shapes = [(24, 8), (8, 24), (12, 16)]
     assert len({pixels(shape).tobytes() for shape in shapes}) == 1
-    salt, text = {"cache_salt": "F31", "logprobs": True}, text_part("a" * 40)
+    salt, text = {"cache_salt": str(uuid4()), "logprobs": True}, text_part("a" * 40)
     answers = [ask(server, image_part(url_of(pixels(s))), text, **salt).json() for s in shapes]
     again = [ask(server, image_part(url_of(pixels(s))), text, **salt).json() for s in shapes]
     cached = [a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers + again]
@@ -250,7 +251,7 @@ def test_F31_the_same_bytes_in_another_shape_are_another_image(server: Server) -
     assert len(set(told)) == 3
     assert [json.dumps(answer["choices"][0]["logprobs"]) for answer in again] == told
     gray = Image.new("L", (24, 8), 7)
-    fields = {"cache_salt": "F31 modes"}
+    fields = {"cache_salt": str(uuid4())}
     for image in (gray, gray.convert("RGB")):  # one picture, whatever file it came in
         usage = ask(server, image_part(url_of(image)), text, **fields).json()["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] >= 16

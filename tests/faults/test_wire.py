@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-from faults.aftermath import play_until_it_adds_nothing
 from faults.conftest import LONG_NAME
 from faults.processes import PROMPT, Server
 from faults.refused import CHAT, COMPLETIONS, ask_for_shape
@@ -16,6 +15,7 @@ from faults.refused import CHAT, COMPLETIONS, ask_for_shape
 pytestmark = pytest.mark.server
 
 NUM_SHAPES_TO_FILL = 80  # the cache of compiled shapes, which holds 64
+NUMBERS = count()  # of shapes that nobody has asked for
 HELLO = [{"role": "user", "content": "Hello"}]
 TOOL = {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}
 
@@ -46,13 +46,10 @@ def test_F02_a_body_without_end_is_cut_off_while_it_comes(server: Server) -> Non
         b"content-length: 0", b"transfer-encoding: chunked"
     )
 
-    def flood() -> None:
-        with connect(server) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
-            connection.sendall(head)
-            for _ in range(2**10):
-                connection.sendall(b"10000\r\n" + b"x" * 2**16 + b"\r\n")
-
-    play_until_it_adds_nothing(server, flood)
+    with connect(server) as connection, pytest.raises((BrokenPipeError, ConnectionResetError)):
+        connection.sendall(head)
+        for _ in range(2**10):
+            connection.sendall(b"10000\r\n" + b"x" * 2**16 + b"\r\n")
 
 
 def test_F03_headers_without_end(server: Server) -> None:
@@ -86,15 +83,9 @@ def test_F22_an_expression_that_makes_others_backtrack_costs_nothing(server: Ser
 
 
 def test_F23_many_shapes_are_all_served(server: Server) -> None:
-    numbers = count()
-
-    def fill() -> None:
-        for number in islice(numbers, NUM_SHAPES_TO_FILL):
-            response = ask_for_shape(server, number)
-            assert response.status_code == 200, response.text
-
-    fill()
-    play_until_it_adds_nothing(server, fill)
+    for number in islice(NUMBERS, NUM_SHAPES_TO_FILL):
+        response = ask_for_shape(server, number)
+        assert response.status_code == 200, response.text
 
 
 def test_F26_what_is_no_call_is_content(server: Server) -> None:
@@ -134,18 +125,14 @@ def test_F36_a_reader_that_stops_reading_is_given_up_and_others_notice_nothing(
     body = {"prompt": PROMPT, "stream": True, "n": 4, "max_tokens": 450, "ignore_eos": True}
     payload = json.dumps(body | {"model": LONG_NAME}).encode()
 
-    def stall() -> None:
-        num_before = server.metric(given_up)
-        with connect(server) as connection:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            connection.sendall(head_of(server, COMPLETIONS, len(payload)) + payload)
-            server.until(lambda: server.metric("num_requests_running"))
-            assert server.complete(prompt=PROMPT).status_code == 200
-            # The engine may be done with it long before its reader is given up.
-            server.until(lambda: server.metric(given_up) == num_before + 4)
-
-    stall()
-    play_until_it_adds_nothing(server, stall)
+    num_before = server.metric(given_up)
+    with connect(server) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.sendall(head_of(server, COMPLETIONS, len(payload)) + payload)
+        server.until(lambda: server.metric("num_requests_running"))
+        assert server.complete(prompt=PROMPT).status_code == 200
+        # The engine may be done with it long before its reader is given up.
+        server.until(lambda: server.metric(given_up) == num_before + 4)
 
 
 def test_a_client_that_speaks_no_http_does_not_fill_the_log(server: Server) -> None:
