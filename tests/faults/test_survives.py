@@ -177,8 +177,9 @@ def test_F43_where_memory_runs_out_one_request_gives_way_and_the_others_lose_not
     server: Server, fault: Path
 ) -> None:
     """The kernel raises torch's own error, in a step of requests that are well under way."""
-    fields = {"max_tokens": 150, "temperature": 0}
+    fields = {"max_tokens": 300, "temperature": 0}
     clean = Stream(server, **fields).join().said
+    fault.write_text("sleep 0.004")  # so that all four are under way when it happens
     num_preemptions = server.metric("num_preemptions_total")
     streams = [Stream(server, **fields) for _ in range(4)]
     server.until(lambda: all(stream.text.count("data: {") > 5 for stream in streams))
@@ -198,8 +199,9 @@ def test_F43_where_memory_runs_out_one_request_gives_way_and_the_others_lose_not
 
 @pytest.mark.parametrize("kind", ["nan", "draw"], ids=["F44-not-finite", "F45-no-such-id"])
 def test_a_row_that_fails_fails_alone(server: Server, fault: Path, kind: str) -> None:
-    fields = {"max_tokens": 150, "temperature": 0}
+    fields = {"max_tokens": 300, "temperature": 0}
     clean = Stream(server, **fields).join().said
+    fault.write_text("sleep 0.004")  # so that all four are under way when it happens
     streams = [Stream(server, **fields) for _ in range(4)]
     server.until(lambda: all(stream.text.count("data: {") > 5 for stream in streams))
     fault.write_text(kind)
