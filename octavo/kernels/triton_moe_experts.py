@@ -137,12 +137,12 @@ def _multiply(
     gated = weights is None
     outputs, depth = weight.shape[1] // (1 + gated), weight.shape[2]
     constants = _constants(tile, depth, weight.element_size(), gated)
-    constants |= {"SORTED": len(table) > 1}
     tiles = triton.cdiv(outputs, constants["BLOCK_N"])
     launch(_grouped, (tiles, table.shape[1]))(
         *(x, weight, out if weights is None else weights, order, table, out),
         *(outputs, depth, x.stride(0), table.shape[1]),
         NUM_RANKS=num_ranks,
+        SORTED=len(table) > 1,
         **constants,
     )
 

@@ -61,8 +61,9 @@ class ModelRunner:
         self._num_threads = num_threads
         self._thread: int | None = None  # the one that `num_threads` was last set for
         self._images = images  # None: the model sees none
-        self._adapters = create_token_adapters(model, device)  # None: it has no slots for any
-        self._positions = create_token_positions(model, limits, device)  # None: it turns by one
+        # What a model of this kind is told of each token, beside what the packet has.
+        told = create_token_adapters(model, device), create_token_positions(model, limits, device)
+        self._told = tuple(one for one in told if one is not None)
         self._rows = Rows(limits, device, grammars)
         self._stages = Stages(
             model,
@@ -154,10 +155,8 @@ class ModelRunner:
         # A step that adds rows of images runs without a graph: it has a prompt's worth of tokens,
         # and can wait for its launches.
         shape = None if graphs is None or images is not None else graphs.shape_for(sizes)
-        if self._adapters is not None:
-            self._adapters.send(step, rows, (shape or sizes).num_tokens)
-        if self._positions is not None:
-            self._positions.send(step, rows, (shape or sizes).num_tokens)
+        for told in self._told:
+            told.send(step, rows, (shape or sizes).num_tokens)
         if graphs is not None and shape is not None:
             packet = self._send(step, partial(graphs.packet, shape=shape), new_blocks)
             hidden = graphs.run_model(shape)

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from models.test_kv_groups import GREEDY, MODELS, NUM_TOKENS, PROMPTS
 
-from octavo import LLM, SamplingParams
+from octavo import LLM
 from octavo.testing.tiny_models import reference_logits, write_tiny_model
 
 pytest.importorskip("triton")
@@ -12,19 +13,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
 ]
-
-NUM_TOKENS = 40
-GREEDY = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-PROMPTS = [
-    {"prompt_token_ids": [(31 * i + 7 * n) % 301 for i in range(n)]} for n in (1, 16, 45, 130, 200)
-]
-S, F = "sliding_attention", "full_attention"
-MODELS = {
-    "mistral": ("mistral", {"sliding_window": 24}),
-    "gemma2": ("gemma2", {"sliding_window": 9, "num_hidden_layers": 4}),
-    "gemma3": ("gemma3", {"num_hidden_layers": 6, "layer_types": [S, S, S, S, S, F]}),
-}
-
 
 WAYS = [
     ("mistral", {}),
